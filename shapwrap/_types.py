@@ -1,0 +1,28 @@
+"""Tensor shapes, named once. They are checked when the tests run and cost nothing elsewhere."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Images = Float[Tensor, "batch channels height width"]
+"""Normalised pixels, as the backbone expects them."""
+
+PatchFeatures = Float[Tensor, "batch patches features"]
+"""What the encoder says about each patch, before any pooling."""
+
+PooledFeatures = Float[Tensor, "items features"]
+"""One feature vector an item."""
+
+Coalitions = Bool[Tensor, "batch coalitions patches"]
+"""True where a patch is present."""
+
+Logits = Float[Tensor, "batch classes"]
+"""Class scores."""
+
+PatchValues = Float[Tensor, "batch patches classes"]
+"""Contribution of each patch to each class, in logits."""
+
+CoalitionValues = Float[Tensor, "batch coalitions classes"]
+"""Class scores of each coalition, in logits."""
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""

@@ -1,0 +1,82 @@
+"""What all timm models share: `forward_features`, `forward_head`, `get_classifier`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from shapwrap._types import Images, PooledFeatures
+from shapwrap.backbones.base import Backbone, Normalization
+
+
+class TimmFamily(Backbone):
+    """Head, classifier and meta-data of a timm model."""
+
+    family = "timm"
+
+    model: Any
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Whether the model has timm's public methods."""
+        methods = ("forward_features", "forward_head", "get_classifier")
+        return all(callable(getattr(model, name, None)) for name in methods)
+
+    def classifiers(self) -> Sequence[nn.Module]:
+        """The pretrained classifiers; a distilled model has two."""
+        found = self.model.get_classifier()
+        modules = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
+        return [m for m in modules if m is not None and not isinstance(m, nn.Identity)]
+
+    def pre_logits(self, pooled: PooledFeatures) -> PooledFeatures:
+        """The pretrained head on feature maps that hold one vector everywhere."""
+        return self.head_before_classifier(self.constant_map(pooled))
+
+    def head_before_classifier(self, feature_map: Tensor) -> PooledFeatures:
+        """timm's `forward_head` without its classifier."""
+        pooled = self.model.forward_head(feature_map, pre_logits=True)
+        if isinstance(pooled, tuple):
+            # A distilled model pools its two tokens apart and averages the two logits.
+            pooled = sum(pooled) / len(pooled)
+        return pooled.flatten(1)
+
+    def constant_map(self, pooled: PooledFeatures) -> Tensor:
+        """A feature map, in the model's own layout, that holds `pooled` at every place."""
+        raise NotImplementedError
+
+    def classifier_dropout(self) -> float:
+        """timm's `drop_rate`, applied to the input of the classifier."""
+        return float(getattr(self.model, "drop_rate", 0.0) or 0.0)
+
+    def image_size(self) -> tuple[int, int]:
+        """The size of the patch embedding, else of the pretrained weights."""
+        built_for = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        if built_for is not None:
+            return int(built_for[0]), int(built_for[1])
+        size = self._configuration().get("input_size") or (3, 224, 224)
+        return int(size[-2]), int(size[-1])
+
+    def normalization(self) -> Normalization | None:
+        """Mean and standard deviation of the pretrained configuration."""
+        configuration = self._configuration()
+        mean, std = configuration.get("mean"), configuration.get("std")
+        if mean is None or std is None or len(mean) != self.in_channels():
+            return None
+        return Normalization(tuple(mean), tuple(std))
+
+    def class_names(self) -> list[str] | None:
+        """ImageNet names, where the classifier has the classes of the pretrained weights."""
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        classifiers = self.classifiers()
+        pretrained_classes = self._configuration().get("num_classes")
+        if not classifiers or getattr(self.model, "num_classes", None) != pretrained_classes:
+            return None
+        subset = infer_imagenet_subset(self.model)
+        if subset is None:
+            return None
+        names = ImageNetInfo(subset).label_descriptions()
+        return [name.split(",")[0] for name in names]
+
+    def _configuration(self) -> dict[str, Any]:
+        return getattr(self.model, "pretrained_cfg", None) or {}

@@ -1,0 +1,66 @@
+"""timm token models: ViT, DeiT, DINOv2-style and EVA, with or without registers and rotary."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shapwrap._types import Images
+from shapwrap.backbones.timm_maps import TimmMaps
+from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
+from shapwrap.masking.attention import AttentionMask
+
+
+class TimmTokens(TokenBackbone, TimmMaps):
+    """timm models built of patch embedding, positions, blocks and norm, in that order."""
+
+    family = "timm tokens"
+
+    _layout = "tokens"
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Whether the parts are there; the removal test then proves that they are all."""
+        parts = ("patch_embed", "_pos_embed", "norm_pre", "blocks", "norm", "num_prefix_tokens")
+        return TimmMaps.recognises(model) and all(hasattr(model, part) for part in parts)
+
+    def embed(self, images: Images) -> TokenSequence:
+        """Patch embedding and positions; timm's random patch dropout is left out."""
+        model: Any = self.model
+        embedded = model.patch_embed(images)
+        if embedded.ndim == 4:
+            grid = (embedded.shape[1], embedded.shape[2])
+        else:
+            grid = self._token_grid(images, embedded.shape[1])
+        positioned = model._pos_embed(embedded)
+        tokens, rotary = positioned if isinstance(positioned, tuple) else (positioned, None)
+        tokens = model.norm_pre(tokens)
+        prefix = self._num_prefix()
+        return TokenSequence(tokens[:, :prefix], tokens[:, prefix:], rotary, grid)
+
+    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
+        """All blocks, under the model's own gradient checkpointing, and the final norm."""
+        model: Any = self.model
+        recompute = getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled()
+        # Positions that are learned in each block come with a leading axis over the blocks.
+        per_block = bool(getattr(model, "rope_mixed", False)) and rotary is not None
+        for index, block in enumerate(model.blocks):
+            arguments: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
+            if rotary is not None:
+                arguments["rope"] = rotary[index] if per_block else rotary
+            if recompute:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **arguments)
+            else:
+                tokens = block(tokens, **arguments)
+        return model.norm(tokens)
+
+    def original_tokens(self, images: Images) -> Tokens:
+        """timm's `forward_features`."""
+        return self._map(images)
+
+    def prefix_parameters(self) -> list[nn.Parameter]:
+        """Class, distillation and register tokens, where the model has them."""
+        names = ("cls_token", "dist_token", "reg_token")
+        found = (getattr(self.model, name, None) for name in names)
+        return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]

@@ -1,0 +1,148 @@
+"""Token models with global attention: patches can be removed before the first block."""
+
+from abc import abstractmethod
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shapwrap._types import Coalitions, Grid, Images, PatchFeatures
+from shapwrap.backbones.base import Backbone, FeatureMap
+from shapwrap.errors import ArgumentError
+from shapwrap.masking.attention import (
+    AttentionMask,
+    first_of_pairs,
+    hidden_prefix_mask,
+    pair_mask,
+    removal_mask,
+)
+from shapwrap.masking.pooling import present_means
+
+PrefixTokens = Literal["drop", "keep"]
+Tokens = Float[Tensor, "items tokens features"]
+
+
+class TokenSequence(NamedTuple):
+    """What enters the first block."""
+
+    prefix: Tokens
+    """Class and register tokens; may be of length 0."""
+    patches: Tokens
+    rotary: Tensor | None
+    """Rotary positions of the patches, [..., N, 2 * head_dim], sine then cosine; or None."""
+    grid: Grid
+
+
+class TokenBackbone(Backbone):
+    """A backbone whose only mixing of tokens is global attention.
+
+    That claim is proved, not assumed: see `shapwrap.backbones.removal_test`.
+    """
+
+    prefix_tokens: PrefixTokens = "drop"
+    """Whether patches can see class and register tokens."""
+
+    @abstractmethod
+    def embed(self, images: Images) -> TokenSequence:
+        """Tokens with their positions, before anything has mixed them."""
+
+    @abstractmethod
+    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
+        """All blocks and the final norm.
+
+        Where `rotary` is shorter than the sequence, the first tokens have no position.
+        """
+
+    @abstractmethod
+    def original_tokens(self, images: Images) -> Tokens:
+        """What the model itself computes before pooling, prefix tokens first."""
+
+    @abstractmethod
+    def prefix_parameters(self) -> list[nn.Parameter]:
+        """Class and register tokens."""
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """The prefix tokens, where patches cannot see them."""
+        return self.prefix_parameters() if self.prefix_tokens == "drop" else []
+
+    def choose_prefix(self, prefix_tokens: str, *, head_reads_patches: bool) -> None:
+        """Keeps registers where the pretrained head stays exact with them, else drops them.
+
+        Raises:
+            ArgumentError: Not "auto", "drop" or "keep".
+        """
+        if prefix_tokens == "auto":
+            self.prefix_tokens = "keep" if head_reads_patches else "drop"
+        elif prefix_tokens in get_args(PrefixTokens):
+            self.prefix_tokens = prefix_tokens
+        else:
+            raise ArgumentError(
+                f"prefix_tokens is {prefix_tokens!r}; expected 'auto', 'drop' or 'keep'."
+            )
+
+    def features(self, images: Images) -> FeatureMap:
+        """Patch features of the whole image."""
+        sequence = self.embed(images)
+        tokens, rotary, num_prefix = self._assemble(sequence, copies=1)
+        mask = None
+        if num_prefix and self.prefix_tokens == "drop":
+            mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
+        encoded = self.encode(tokens, rotary, mask)
+        return FeatureMap(encoded[:, num_prefix:], sequence.grid)
+
+    def present_means(
+        self, images: Images, coalitions: Coalitions, *, paired: bool
+    ) -> Float[Tensor, "batch coalitions features"]:
+        """Mean feature over the patches of each coalition, the others removed before block 1.
+
+        Args:
+            paired: The coalitions are complement pairs; each pair then takes one pass over the
+                tokens instead of two.
+        """
+        run = coalitions if not paired else first_of_pairs(coalitions)
+        features = self._masked_features(images, run, paired=paired)
+        present = rearrange(run, "b s n -> (b s) 1 n")
+        if paired:
+            present = torch.cat((present, ~present), dim=1)
+        means = present_means(features, present)
+        return rearrange(means, "(b s) parts d -> b (s parts) d", b=images.shape[0])
+
+    def _masked_features(
+        self, images: Images, coalitions: Coalitions, *, paired: bool
+    ) -> PatchFeatures:
+        sequence = self.embed(images)
+        present = rearrange(coalitions, "b s n -> (b s) n")
+        keep = self.prefix_tokens == "keep"
+        tokens, rotary, num_prefix = self._assemble(sequence, copies=2 if paired and keep else 1)
+        one_copy = sequence.prefix.shape[1] if num_prefix else 0
+        build = pair_mask if paired else removal_mask
+        mask = build(present, one_copy, keep_prefix=keep)
+        tokens = repeat(tokens, "b t d -> (b s) t d", s=coalitions.shape[1])
+        return self.encode(tokens, rotary, mask)[:, num_prefix:]
+
+    def _assemble(
+        self, sequence: TokenSequence, copies: int
+    ) -> tuple[Tokens, Tensor | None, int]:
+        """Sequence for the blocks, its rotary positions and the length of its prefix.
+
+        Blocks with rotary positions skip a fixed number of leading tokens, so there a dropped
+        prefix keeps its slot, out of sight of the patches, and a second copy of the prefix gets
+        the identity rotation.
+        """
+        rotary = sequence.rotary
+        length = sequence.prefix.shape[1]
+        if length == 0 or (self.prefix_tokens == "drop" and rotary is None):
+            # patch embeddings are transposed views; every later layer would inherit the strides.
+            return sequence.patches.contiguous(), rotary, 0
+        if copies > 1 and rotary is not None:
+            rotary = torch.cat((_identity_rotation(rotary, (copies - 1) * length), rotary), dim=-2)
+        tokens = torch.cat((*[sequence.prefix] * copies, sequence.patches), dim=1)
+        return tokens, rotary, copies * length
+
+
+def _identity_rotation(rotary: Tensor, length: int) -> Tensor:
+    """Rotary positions that leave `length` tokens unrotated: sine 0, cosine 1."""
+    shape = (*rotary.shape[:-2], length, rotary.shape[-1] // 2)
+    return torch.cat((rotary.new_zeros(shape), rotary.new_ones(shape)), dim=-1)

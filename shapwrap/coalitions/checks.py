@@ -1,0 +1,42 @@
+"""Checks of coalitions that a user passes in, and what can be read off them."""
+
+import torch
+from torch import Tensor
+
+from shapwrap.errors import CoalitionError, CoalitionTypeError
+
+
+def check_coalitions(coalitions: Tensor, batch: int, num_patches: int) -> None:
+    """Raise unless `coalitions` is a bool tensor of shape [batch, S, num_patches].
+
+    Raises:
+        CoalitionTypeError: Not a boolean tensor.
+        CoalitionError: Wrong shape.
+    """
+    if not isinstance(coalitions, Tensor) or coalitions.dtype != torch.bool:
+        came = coalitions.dtype if isinstance(coalitions, Tensor) else type(coalitions).__name__
+        raise CoalitionTypeError(
+            f"coalitions are {came}; expected a torch.bool tensor, True where a patch is present. "
+            "Use sample_coalitions(...), or coalitions.bool()."
+        )
+    expected = (batch, num_patches)
+    if (
+        coalitions.ndim != 3
+        or (coalitions.shape[0], coalitions.shape[2]) != expected
+        or coalitions.shape[1] == 0
+    ):
+        raise CoalitionError(
+            f"coalitions have shape {tuple(coalitions.shape)}; expected [B, S, N] = "
+            f"[{batch}, S >= 1, {num_patches}] for these images. "
+            f"Draw them with sample_coalitions({batch}, {num_patches})."
+        )
+
+
+def are_complement_pairs(coalitions: Tensor) -> bool:
+    """Whether coalition 2i + 1 is the complement of coalition 2i, everywhere.
+
+    On a CUDA tensor this waits for the device.
+    """
+    if coalitions.shape[1] % 2:
+        return False
+    return torch.equal(coalitions[:, 0::2], ~coalitions[:, 1::2])

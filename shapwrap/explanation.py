@@ -1,0 +1,134 @@
+"""The explanation of a batch of images: values, heat maps, a check, a figure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from shapwrap._types import Grid, Logits
+from shapwrap.backbones.base import Normalization
+from shapwrap.errors import ArgumentError, TargetError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each patch contributed to one class of each image, in logits."""
+
+    values: Float[Tensor, "batch patches"]
+    """phi_n of the target class, row by row over the grid. Their sum is the logit minus the
+    baseline (minus the mean logit of all classes, with `contrast`)."""
+    logits: Logits
+    """f(x), all classes."""
+    target: Int[Tensor, " batch"]
+    """The class explained, one an image."""
+    grid: Grid
+    """Rows and columns of patches."""
+    image_size: tuple[int, int]
+    """Height and width of the images, in pixels."""
+    contrast: bool = False
+    """Whether the mean over classes was taken off."""
+    class_names: Sequence[str] | None = None
+    """Names of the classes, where known."""
+    normalization: Normalization | None = None
+    """Pixel statistics, where known, to draw images in their true colours."""
+    baseline: float | Tensor = 0.0
+    """v of the empty coalition, a number or [K]."""
+
+    def heatmap(self, size: tuple[int, int] | None = None) -> Float[Tensor, "batch height width"]:
+        """The values as maps, [B, H, W], in logits a patch.
+
+        Bilinear between the centres of patches. Reading values off is what it is for: a sum over
+        pixels means nothing, `values` is what sums to the logit.
+
+        Args:
+            size: Height and width in pixels; by default those of the images.
+
+        Raises:
+            ArgumentError: A size below 1.
+        """
+        size = size or self.image_size
+        if len(size) != 2 or min(size) < 1:
+            raise ArgumentError(f"size is {size}; expected (height, width), both at least 1.")
+        maps = rearrange(self.values, "b (rows columns) -> b 1 rows columns", rows=self.grid[0])
+        return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)[:, 0]
+
+    def explained(self) -> Float[Tensor, " batch"]:
+        """What the values must sum to: the logit of the target, minus baseline and contrast."""
+        gains = self.logits - self.baseline
+        explained = gains.gather(1, self.target[:, None])[:, 0]
+        return explained - gains.mean(dim=1) if self.contrast else explained
+
+    def efficiency_gap(self) -> Float[Tensor, " batch"]:
+        """|sum of values - what they must sum to|, in logits: rounding error, for every readout."""
+        return (self.values.sum(dim=1) - self.explained()).abs()
+
+    def plot(
+        self,
+        images: Tensor,
+        *,
+        normalization: Normalization | tuple[Sequence[float], Sequence[float]] | None = None,
+        class_names: Sequence[str] | None = None,
+        max_images: int = 8,
+    ) -> "Figure":
+        """A matplotlib figure: image, heat map and overlay, one row an image.
+
+        Colours diverge around 0, red for the class and blue against it, on one scale for all rows.
+
+        Args:
+            images: What was explained, [B, C, H, W], normalised.
+            normalization: Mean and standard deviation of the channels, to undo; by default those
+                of the model.
+            class_names: By default those of the model, where known.
+            max_images: Rows at the most.
+
+        Raises:
+            PlotError: The true colours cannot be told.
+            MissingDependencyError: matplotlib is not installed.
+        """
+        from shapwrap.plotting import plot_explanation
+
+        statistics = Normalization(*map(tuple, normalization)) if normalization else None
+        return plot_explanation(
+            self,
+            images,
+            normalization=statistics or self.normalization,
+            class_names=class_names or self.class_names,
+            max_images=max_images,
+        )
+
+
+def check_target(target: int | Tensor | None, logits: Logits) -> Int[Tensor, " batch"]:
+    """The class to explain for each image: given, or predicted.
+
+    Raises:
+        TargetError: Out of range, or not one class an image.
+    """
+    batch, num_classes = logits.shape
+    if target is None:
+        return logits.argmax(dim=1)
+    if isinstance(target, bool) or (
+        isinstance(target, Tensor) and (target.is_floating_point() or target.dtype == torch.bool)
+    ):
+        raise TargetError(f"target is {target!r}; expected class indices, an int or int64 [B].")
+    classes = torch.as_tensor(target, device=logits.device).long()
+    if classes.ndim == 0:
+        classes = classes.expand(batch)
+    if classes.shape != (batch,):
+        raise TargetError(
+            f"target has shape {tuple(classes.shape)}; expected one class index, or one for each "
+            f"of the {batch} images."
+        )
+    if classes.min() < 0 or classes.max() >= num_classes:
+        raise TargetError(
+            f"target has values from {int(classes.min())} to {int(classes.max())}; this model has "
+            f"classes 0 to {num_classes - 1}."
+        )
+    return classes

@@ -1,0 +1,1 @@
+"""Masking: what it means that a patch is absent."""

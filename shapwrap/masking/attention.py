@@ -1,0 +1,57 @@
+"""Token removal as an attention mask: who may look at whom."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from shapwrap._types import Coalitions
+
+AttentionMask = Bool[Tensor, "items 1 queries keys"]
+"""True where a query token may attend to a key token."""
+
+
+def pair_mask(
+    present: Bool[Tensor, "items patches"], num_prefix: int, *, keep_prefix: bool
+) -> AttentionMask:
+    """Attention mask that runs a coalition and its complement in one pass over the tokens.
+
+    A coalition and its complement partition the patches, so attention inside each part alone is
+    the same as two passes with the other part physically removed.
+
+    Args:
+        present: First coalition of each pair.
+        num_prefix: Length of one copy of the class and register tokens.
+        keep_prefix: The sequence starts with two copies of the prefix, one for each part.
+            Otherwise it starts with one copy, which only sees itself and is seen by no patch.
+    """
+    part = present.long()
+    if num_prefix:
+        shape = (present.shape[0], num_prefix)
+        prefixes = [part.new_full(shape, 1), part.new_full(shape, 0)]
+        part = torch.cat([*(prefixes if keep_prefix else [part.new_full(shape, 2)]), part], dim=1)
+    return (part[:, :, None] == part[:, None, :])[:, None]
+
+
+def removal_mask(
+    present: Bool[Tensor, "items patches"], num_prefix: int, *, keep_prefix: bool
+) -> AttentionMask:
+    """Attention mask of one coalition an item, [items, 1, 1, T]: absent tokens are never keys.
+
+    What absent tokens compute is never read, so their own rows need no mask. An item without any
+    key may use all: its softmax would otherwise be over nothing, and none of its tokens is read.
+    """
+    prefix = present.new_full((present.shape[0], num_prefix), keep_prefix)
+    keys = torch.cat((prefix, present), dim=1)
+    return (keys | ~keys.any(dim=1, keepdim=True))[:, None, None]
+
+
+def hidden_prefix_mask(num_prefix: int, num_patches: int, device: torch.device) -> AttentionMask:
+    """Attention mask of the full image, [1, 1, 1, T], whose prefix tokens no patch can see."""
+    keys = torch.ones(num_prefix + num_patches, dtype=torch.bool, device=device)
+    keys[:num_prefix] = False
+    return keys[None, None, None]
+
+
+def first_of_pairs(coalitions: Coalitions) -> Coalitions:
+    """Coalitions 0, 2, 4, ...: the others are their complements."""
+    return coalitions[:, 0::2]

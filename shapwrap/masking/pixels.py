@@ -1,0 +1,33 @@
+"""Hiding patches by zeroing their pixels, for backbones that cannot drop a patch."""
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn import functional
+
+from shapwrap._types import Coalitions, Grid, Images
+
+
+def zero_absent_pixels(images: Images, coalitions: Coalitions, grid: Grid) -> Images:
+    """One masked image for each coalition, [B * S, C, H, W], zero where a patch is absent.
+
+    The images are normalised, so zero is the mean colour of the training set. Patch (i, j) of an
+    h x w grid covers the pixels whose row r has floor(r h / H) = i, and likewise for columns; a
+    size that the grid does not divide gives cells that differ by one pixel.
+
+    References:
+        Fan, Yang & Ma 2026, "standard zero-masking for CNN".
+    """
+    present = pixel_mask(coalitions, grid, (images.shape[-2], images.shape[-1]))
+    repeated = repeat(images, "b c h w -> (b s) c h w", s=coalitions.shape[1])
+    # A product would keep NaN and infinity of absent pixels; a selection does not.
+    return torch.where(present, repeated, repeated.new_zeros(()))
+
+
+def pixel_mask(coalitions: Coalitions, grid: Grid, size: tuple[int, int]) -> Bool[Tensor, "..."]:
+    """Coalitions drawn on the pixels, bool [B * S, 1, H, W]."""
+    cells = rearrange(
+        coalitions, "b s (rows columns) -> (b s) 1 rows columns", rows=grid[0], columns=grid[1]
+    )
+    return functional.interpolate(cells.to(torch.float32), size=size, mode="nearest") > 0

@@ -1,0 +1,25 @@
+"""The mean feature of the patches that are present."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from shapwrap._types import Coalitions, PatchFeatures
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Precision of pooling, head and loss: float32, or float64 for a float64 model.
+
+    The Shapley loss is a difference of near-equal sums; half precision would drown it.
+    """
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def present_means(
+    features: PatchFeatures, coalitions: Coalitions
+) -> Float[Tensor, "batch coalitions features"]:
+    """Mean feature over the present patches; zero for an empty coalition."""
+    features = features.to(compute_dtype(features))
+    weights = coalitions.to(features.dtype)
+    sums = torch.einsum("bsn,bnd->bsd", weights, features)
+    return sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Readout: what each patch is worth, from the pretrained head."""

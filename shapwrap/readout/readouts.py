@@ -1,0 +1,119 @@
+"""From patch features to patch scores whose mean is what the pretrained head would read.
+
+A pretrained head is `classifier(pre_logits(mean of patch features))`. A readout replaces the
+pooled vector by one vector z_n a patch, with mean_n z_n = pre_logits(mean_n e_n). Then
+phi_n = (W z_n + b) / N sums to the pretrained logits, whatever W and b become in training.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from shapwrap._types import PatchFeatures, PooledFeatures
+
+ReadoutName = Literal["affine", "shared-norm", "gap"]
+
+PreLogits = Callable[[PooledFeatures], PooledFeatures]
+
+
+class Readout(ABC):
+    """How the layers between pooling and classifier are shared out among patches."""
+
+    name: ClassVar[ReadoutName]
+    explanation: ClassVar[str]
+
+    def __init__(self, pre_logits: PreLogits):
+        self.pre_logits = pre_logits
+
+    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+        """Pre-logits of pooled features, as the pretrained head computes them."""
+        return self.pre_logits(means)
+
+    @abstractmethod
+    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+        """z, one vector a patch, whose mean over patches is `pooled(features.mean(1))`."""
+
+
+class AffineReadout(Readout):
+    """The layers are affine, so they commute with the mean: exact and local to each patch."""
+
+    name = "affine"
+    explanation = "phi_n = (W e_n + b) / N: exact, and local once the features are fixed"
+
+    def __init__(self, pre_logits: PreLogits, *, idle: bool = False):
+        super().__init__(pre_logits)
+        self._idle = idle
+
+    @override
+    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+        return means if self._idle else self.pre_logits(means)
+
+    @override
+    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+        if self._idle:
+            return features
+        return self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+
+
+class SharedNormReadout(Readout):
+    """A normalisation after pooling: linear once its scale is known, so patches share the scale.
+
+    z_n = gamma * (e_n - mean of e_n) / sigma + beta, with sigma that of the pooled feature.
+    """
+
+    name = "shared-norm"
+    explanation = "phi_n = (W norm(e_n) + b) / N with the scale of the pooled feature: exact"
+
+    def __init__(self, pre_logits: PreLogits, norm: Callable[[], nn.Module], *, centred: bool):
+        super().__init__(pre_logits)
+        self._norm = norm
+        self._centred = centred
+
+    @override
+    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+        return self._scale_and_shift(means, means)
+
+    @override
+    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+        return self._scale_and_shift(features, features.mean(dim=1, keepdim=True))
+
+    def _scale_and_shift(self, features: Tensor, pooled: Tensor) -> Tensor:
+        norm = self._norm()
+        if self._centred:
+            features = features - features.mean(dim=-1, keepdim=True)
+            pooled = pooled - pooled.mean(dim=-1, keepdim=True)
+        scale = torch.rsqrt(pooled.square().mean(dim=-1, keepdim=True) + _epsilon(norm, pooled))
+        scores = features * scale
+        if isinstance(weight := getattr(norm, "weight", None), Tensor):
+            scores = scores * weight.to(scores.dtype)
+        if isinstance(bias := getattr(norm, "bias", None), Tensor):
+            scores = scores + bias.to(scores.dtype)
+        return scores
+
+
+class GapReadout(Readout):
+    """Any layers at all: each patch alone through them, and the efficiency gap shared equally.
+
+    z_n = h(e_n) + h(mean e) - mean_m h(e_m).
+    """
+
+    name = "gap"
+    explanation = (
+        "phi_n = g_n + (f - sum of g) / N, g_n the head on patch n alone: logits exact, the "
+        "gap between patches and image spread evenly"
+    )
+
+    @override
+    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+        alone = self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        gap = self.pooled(features.mean(dim=1))[:, None] - alone.mean(dim=1, keepdim=True)
+        return alone + gap
+
+
+def _epsilon(norm: nn.Module, like: Tensor) -> float:
+    stated = getattr(norm, "eps", None)
+    return torch.finfo(like.dtype).eps if stated is None else float(stated)

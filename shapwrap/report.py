@@ -1,0 +1,110 @@
+"""What a person should know about a wrapped model before using it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shapwrap._types import Grid
+from shapwrap.wrapping import Masking, Wrapping, undisturbed
+
+
+class BeforeAfter(NamedTuple):
+    """A count for the original model and for the wrapped one."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Summary of a wrapped model; print it."""
+
+    backbone: str
+    """Class of the model and the adapter in use."""
+    masking: Masking
+    """How an absent patch is hidden."""
+    readout: str
+    """How the pretrained head is shared among patches."""
+    grid: Grid
+    """Rows and columns of patches at `image_size`."""
+    image_size: tuple[int, int]
+    """Height and width in pixels for which the numbers here hold."""
+    num_classes: int
+    """K."""
+    max_logit_difference: float
+    """Largest |wrapped - original logit| on two images of noise, measured at wrap time."""
+    params: BeforeAfter
+    """Number of parameters."""
+    flops: BeforeAfter
+    """Multiply-adds of one image, half of what FlopCounterMode counts: the logits of the original
+    model, and logits with the patch values of all classes of the wrapped one (the paper's unit)."""
+    flops_logits: int
+    """Multiply-adds of one image for the logits alone, which pool before the classifier."""
+    note: str
+    """What the user should know, in sentences."""
+
+    def __str__(self) -> str:
+        """The summary as aligned lines."""
+        rows = {
+            "backbone": self.backbone,
+            "masking": self.masking,
+            "readout": self.readout,
+            "grid": f"{self.grid[0]} x {self.grid[1]} patches "
+            f"at {self.image_size[0]} x {self.image_size[1]} pixels",
+            "classes": str(self.num_classes),
+            "max logit difference": f"{self.max_logit_difference:.2g}",
+            "parameters": f"{self.params.before / 1e6:.2f} M -> {self.params.after / 1e6:.2f} M",
+            "multiply-adds": f"{self.flops.before / 1e9:.2f} G -> {self.flops.after / 1e9:.2f} G "
+            f"with all patch values, {self.flops_logits / 1e9:.2f} G for the logits",
+            "note": self.note,
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def count_multiply_adds(model: nn.Module, call: Callable[[], object]) -> int:
+    """Multiply-adds of one call, with `model` in eval mode; the model is left as it was."""
+    # The math kernel shows attention as matrix products; fused kernels of some devices have no
+    # registered formula and would count as nothing.
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    counter = FlopCounterMode(display=False)
+    with undisturbed(model), kernel, counter:
+        call()
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def note_for(wrapping: Wrapping) -> str:
+    """Sentences on what changed and what must come first."""
+    sentences = []
+    exact = wrapping.max_logit_difference <= 1e-4 * max(wrapping.logit_scale, 1.0)
+    if wrapping.class_token_dropped:
+        sentences.append(
+            "The pretrained head reads the class token, which was dropped; it now reads the patch "
+            "tokens: fine-tune before use."
+        )
+    if wrapping.stride_changes:
+        sentences.append(
+            f"{len(wrapping.stride_changes)} layers run at stride 1 for the finer grid, which "
+            "changes the logits: fine-tune before use."
+        )
+    if wrapping.max_logit_difference == 0.0 == wrapping.logit_scale:
+        sentences.append("The head is new and all zero: train it before use.")
+    elif exact and not sentences:
+        sentences.append(
+            "The logits are those of the original model; the patch values sum to them, and only "
+            "training with shapley_loss makes them Shapley values."
+        )
+    elif not sentences:
+        sentences.append("The logits differ by rounding in half precision.")
+    if wrapping.why_not_removal:
+        sentences.append(f"Patches are hidden by zeroing pixels: {wrapping.why_not_removal}")
+    return " ".join(sentences)

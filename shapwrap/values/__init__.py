@@ -1,0 +1,1 @@
+"""Values: the game on an image, its coalitions and its patches."""

@@ -1,0 +1,455 @@
+"""ShapleyWrapper: any pretrained backbone, made to explain itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from shapwrap import audit as auditing
+from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
+from shapwrap.backbones.densify import restore
+from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.coalitions.checks import are_complement_pairs, check_coalitions
+from shapwrap.coalitions.sampling import Distribution
+from shapwrap.errors import ArgumentError, BackboneTypeError, CoalitionError
+from shapwrap.explanation import Explanation, check_target
+from shapwrap.images import check_finite, check_images
+from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
+from shapwrap.masking.pixels import zero_absent_pixels
+from shapwrap.masking.pooling import present_means
+from shapwrap.readout.classifier import dropout_mask
+from shapwrap.report import BeforeAfter, Report, count_multiply_adds, count_parameters, note_for
+from shapwrap.values import game
+from shapwrap.values.output import ShapleyOutput
+from shapwrap.wrapping import check_image_size, random_images, undisturbed, wrap
+
+
+class ShapleyWrapper(nn.Module):
+    r"""A drop-in replacement of a model whose logits are sums of patch values.
+
+    For an image of N patches and K classes the wrapped model has patch values
+    \(\phi(x) \in \mathbb{R}^{N \times K}\) with \(f(x) = \sum_n \phi(x)_n\) and the value of a
+    coalition \(v(s) = \sum_{m \in s} \phi(x_s)_m\), where \(x_s\) is the image with the absent
+    patches hidden before they can influence anything. Trained with `shapley_loss`, \(\phi\)
+    becomes the Shapley value of \(v\).
+
+    The model object is used, not copied: it keeps its weights, its device and its train or eval
+    mode. Attributes that the wrapper lacks are looked up on the model.
+
+    Args:
+        model: A timm or torchvision classifier, or a module built like one.
+        masking: How absent patches are hidden. "token-removal" removes tokens before the first
+            block, "zero-mask" sets pixels to zero, "auto" removes tokens where a test on the
+            model proves that this is legitimate.
+        readout: How the pretrained head is shared among patches: "affine", "shared-norm", "gap",
+            or "auto" for the most local one that is exact.
+        grid: Rows and columns of patches. Finer than the backbone's own, it runs the last stages
+            of a convolutional backbone at stride 1, as the paper does for ResNet-50.
+        head: Replaces the classifier: nn.Linear, or nn.Sequential that ends in one, on the
+            features that the pretrained classifier reads.
+        num_classes: Replaces the classifier by a new linear layer of this many classes, all zero.
+        prefix_tokens: Whether patches see class and register tokens: "drop" as in the paper,
+            "keep", or "auto": kept only where the pretrained head stays exact with them.
+        image_size: Height and width for which grid and report hold; by default those that the
+            model was built for. Other sizes work where the backbone allows them.
+        class_names: Names of the classes, for figures; by default those that the model tells.
+
+    Raises:
+        BackboneTypeError: Not an nn.Module instance, or wrapped already.
+        UnsupportedBackboneError: No adapter reproduces the model from its parts.
+        MissingHeadError: No classifier, and neither `head` nor `num_classes`.
+        ReadoutError: `readout` is not exact for this head, or the head does not end in a linear
+            layer.
+        MaskingError: "token-removal" for a backbone that mixes patches before any token slot.
+        GridError: The backbone cannot have this grid.
+        ImageError: The backbone refuses `image_size`.
+        ArgumentError: An unknown option.
+
+    References:
+        Fan, Yang & Ma 2026, "Enhancing Interpretability for Vision Models via Shapley Value
+        Optimization", AAAI-26, Eq. 5 to 10.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        masking: str = "auto",
+        readout: str = "auto",
+        grid: Grid | None = None,
+        head: nn.Module | None = None,
+        num_classes: int | None = None,
+        prefix_tokens: str = "auto",
+        image_size: tuple[int, int] | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        _check_model(model, head, grid, image_size, num_classes)
+        modes = {module: module.training for module in model.modules()}
+        self._wrapping, made = wrap(
+            model,
+            masking=masking,
+            readout=readout,
+            grid=grid,
+            head=head,
+            num_classes=num_classes,
+            prefix_tokens=prefix_tokens,
+            image_size=image_size,
+        )
+        self.model = model
+        self.new_head = head if made is None else made
+        self.training = modes[model]
+        self._images_of_size = {self._wrapping.image_size: self._wrapping.grid}
+        self._frozen = [p for p in self._wrapping.backbone.unused_parameters() if p.requires_grad]
+        for parameter in self._frozen:
+            # Nothing reads them any more; DDP would wait for their gradients.
+            parameter.requires_grad_(False)
+        self._params_before = count_parameters(model)
+        self._class_names = list(class_names) if class_names is not None else None
+        self._unwrapped = False
+
+    # --- the model, as a function -------------------------------------------------------------
+
+    def forward(
+        self, images: Tensor, coalitions: Tensor | None = None, *, paired: bool | None = None
+    ) -> Logits | ShapleyOutput:
+        """Logits [B, K]; with coalitions a `ShapleyOutput` of both branches, for `shapley_loss`.
+
+        Both branches run in this one call, so DDP and FSDP see one forward pass a step. Shapes
+        and types are checked, values are not: a training step never waits for the device.
+
+        Args:
+            images: Float [B, C, H, W], normalised as the model was trained.
+            coalitions: Bool [B, S, N], True where a patch is present.
+            paired: Whether coalition 2i + 1 is the complement of 2i, which halves the work of a
+                token model. None looks; on a CUDA tensor that waits for the device once.
+
+        Raises:
+            ImageTypeError: Images that are not floating point.
+            ImageError: A shape, channel number, device or size that the model refuses.
+            CoalitionTypeError: Coalitions that are not boolean.
+            CoalitionError: Coalitions of another shape, or an odd number with `paired`.
+        """
+        self._check(images)
+        features = self._features(images)
+        head = self._wrapping.head
+        if coalitions is None:
+            return game.logits_of(head, features, training=self.training)
+        check_coalitions(coalitions, images.shape[0], features.shape[1])
+        paired = _resolve_pairing(coalitions, paired)
+        coalitions = coalitions.to(images.device, non_blocking=True)
+        means = self._masked_means(images, coalitions, paired)
+        with _without_autocast(images):
+            pooled = head.readout.pooled(game.full_precision(features).mean(dim=1))
+            channels = dropout_mask(pooled, head.dropout, training=self.training)
+            logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
+            values = game.values_of(head, means, coalitions, channels)
+        return ShapleyOutput(logits, values, estimates)
+
+    def attribute(self, images: Tensor) -> PatchValues:
+        """Patch values phi(x), [B, N, K] in logits, float32 (float64 for a float64 model).
+
+        `phi.sum(1)` equals the logits minus `baseline`. Gradients flow; train or eval mode is
+        the current one, without dropout in the head.
+
+        Raises:
+            ImageTypeError: Images that are not floating point.
+            ImageError: A shape or size that the model refuses, or pixels that are not finite.
+
+        References:
+            Fan, Yang & Ma 2026, Eq. 6.
+        """
+        self._check(images, finite=True)
+        features = self._features(images)
+        with _without_autocast(images):
+            return game.patch_values(self._wrapping.head, features)
+
+    def value(
+        self, images: Tensor, coalitions: Tensor, *, chunk_size: int | None = None
+    ) -> CoalitionValues:
+        """Values v(s) of coalitions, [B, S, K] in logits: 0 for nobody, the logits for everybody.
+
+        Args:
+            images: Float [B, C, H, W].
+            coalitions: Bool [B, S, N].
+            chunk_size: Coalitions an image that run at a time; all by default.
+
+        Raises:
+            ImageTypeError: Images that are not floating point.
+            ImageError: A shape or size that the model refuses, or pixels that are not finite.
+            CoalitionTypeError: Coalitions that are not boolean.
+            CoalitionError: Coalitions of another shape.
+            ArgumentError: A chunk size below 1.
+
+        References:
+            Fan, Yang & Ma 2026, Eq. 9, 10 and 13.
+        """
+        self._check(images, finite=True)
+        grid = self._grid_of(images)
+        check_coalitions(coalitions, images.shape[0], grid[0] * grid[1])
+        if chunk_size is not None and chunk_size < 1:
+            raise ArgumentError(f"chunk_size is {chunk_size}; expected at least 1.")
+        paired = are_complement_pairs(coalitions)
+        step = chunk_size or coalitions.shape[1]
+        step = max(2, step // 2 * 2) if paired else step
+        parts = []
+        for part in coalitions.to(images.device).split(step, dim=1):
+            means = self._masked_means(images, part, paired)
+            with _without_autocast(images):
+                parts.append(game.values_of(self._wrapping.head, means, part, None))
+        return torch.cat(parts, dim=1)
+
+    # --- explanations -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def explain(
+        self, images: Tensor, target: int | Tensor | None = None, *, contrast: bool = False
+    ) -> Explanation:
+        """Explanation of one class of each image, from one forward pass in eval mode.
+
+        Args:
+            images: Float [B, C, H, W], normalised as the model was trained.
+            target: Class index, or one for each image as int64 [B]; the predicted class if None.
+            contrast: Take the mean over classes off the values. Logits are defined up to a
+                constant, so this is an equally efficient allocation of the centred logit, and
+                reads more clearly.
+
+        Raises:
+            ImageTypeError: Images that are not floating point.
+            ImageError: A shape or size that the model refuses, or pixels that are not finite.
+            TargetError: A class that the model does not have.
+        """
+        self._check(images, finite=True)
+        grid = self._grid_of(images)
+        head = self._wrapping.head
+        with evaluation_mode(self.modules()):
+            features = self._features(images)
+            with _without_autocast(images):
+                scores = head.readout.patch_scores(game.full_precision(features))
+                logits = head.classifier(scores.mean(dim=1))
+                classes = check_target(target, logits)
+                values = game.target_values(head, scores, classes, contrast=contrast)
+        return Explanation(
+            values=values,
+            logits=logits,
+            target=classes,
+            grid=grid,
+            image_size=(images.shape[-2], images.shape[-1]),
+            contrast=contrast,
+            class_names=self.class_names,
+            normalization=self._wrapping.backbone.normalization(),
+            baseline=self.baseline,
+        )
+
+    @torch.no_grad()
+    def audit(
+        self,
+        images: Tensor,
+        *,
+        num_coalitions: int = 32,
+        distribution: Distribution = "shapley",
+        generator: torch.Generator | None = None,
+        chunk_size: int = 8,
+    ) -> auditing.Audit:
+        """Residual and skill of the explanations of these images, over fresh coalitions.
+
+        Args:
+            images: Float [B, C, H, W].
+            num_coalitions: Coalitions an image, in complement pairs.
+            distribution: Of coalition sizes; "shapley" is what the loss trains on.
+            generator: Source of randomness; a new one with seed 0 if None.
+            chunk_size: Coalitions an image that run at a time.
+
+        Raises:
+            ImageTypeError: Images that are not floating point.
+            ImageError: A shape or size that the model refuses, or pixels that are not finite.
+            ArgumentError: An odd number of coalitions, or a chunk below 2.
+        """
+        self._check(images, finite=True)
+        grid = self._grid_of(images)
+        with evaluation_mode(self.modules()):
+            return auditing.audit(
+                lambda images, coalitions: self(images, coalitions, paired=True),
+                images,
+                grid[0] * grid[1],
+                num_coalitions=num_coalitions,
+                distribution=distribution,
+                generator=generator,
+                chunk_size=chunk_size,
+            )
+
+    # --- facts --------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches at the size that the model was wrapped for."""
+        return self._wrapping.grid
+
+    @property
+    def num_patches(self) -> int:
+        """N, rows times columns."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self._wrapping.head.classifier.num_classes
+
+    @property
+    def baseline(self) -> float:
+        """v of the empty coalition: 0, since an empty sum of patch values is."""
+        return 0.0
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the K classes, given or told by the model."""
+        names = self._class_names
+        if names is None and self.new_head is None:
+            names = self._wrapping.backbone.class_names()
+        return names if names is not None and len(names) == self.num_classes else None
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the classifier, for a learning rate of their own."""
+        return self._wrapping.head.classifier.parameters()
+
+    def report(self) -> Report:
+        """A printable summary: what was chosen, what was measured, what to know before use."""
+        self._check_in_use()
+        wrapping = self._wrapping
+        image = random_images(wrapping.backbone, wrapping.image_size, batch=1)
+        after = count_multiply_adds(self, lambda: self.attribute(image))
+        logits_alone = count_multiply_adds(self, lambda: self(image))
+        dense_strides = [change.layer.stride for change in wrapping.stride_changes]
+        restore(wrapping.stride_changes)
+        try:
+            before = count_multiply_adds(self.model, lambda: self.model(image))
+        finally:
+            for change, stride in zip(wrapping.stride_changes, dense_strides, strict=True):
+                change.layer.stride = stride
+        return Report(
+            backbone=f"{type(self.model).__name__} ({wrapping.backbone.family})",
+            masking=wrapping.masking,
+            readout=wrapping.head.readout.name,
+            grid=self.grid,
+            image_size=wrapping.image_size,
+            num_classes=self.num_classes,
+            max_logit_difference=wrapping.max_logit_difference,
+            params=BeforeAfter(self._params_before, count_parameters(self)),
+            flops=BeforeAfter(before, after),
+            flops_logits=logits_alone,
+            note=note_for(wrapping),
+        )
+
+    def unwrap(self) -> nn.Module:
+        """The original model, its structure and mode as they were, its weights as trained.
+
+        The wrapper cannot be used afterwards. A `head` that was passed in stays with the caller.
+        """
+        self._check_in_use()
+        restore(self._wrapping.stride_changes)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._unwrapped = True
+        return self.model
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the model, where the wrapper has none."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # While unpickling there is no model yet; asking it would ask for it again.
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
+    # --- parts of a pass ----------------------------------------------------------------------
+
+    def _features(self, images: Tensor) -> PatchFeatures:
+        return self._wrapping.backbone.features(images).features
+
+    def _masked_means(
+        self, images: Tensor, coalitions: Tensor, paired: bool
+    ) -> Float[Tensor, "batch coalitions features"]:
+        backbone = self._wrapping.backbone
+        if self._wrapping.masking == "token-removal" and isinstance(backbone, TokenBackbone):
+            return backbone.present_means(images, coalitions, paired=paired)
+        masked = zero_absent_pixels(images, coalitions, self._grid_of(images))
+        # Masked images neither enter the batch statistics nor are measured by those of a batch.
+        with evaluation_mode(batch_norms(self.model)):
+            features = self._features(masked)
+        flat = coalitions.flatten(0, 1)[:, None]
+        return present_means(features, flat).unflatten(0, coalitions.shape[:2])[:, :, 0]
+
+    def _grid_of(self, images: Tensor) -> Grid:
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._images_of_size:
+            with undisturbed(self.model):
+                probe = random_images(self._wrapping.backbone, size, batch=1)
+                self._images_of_size[size] = check_image_size(self._wrapping.backbone, probe)
+        return self._images_of_size[size]
+
+    def _check(self, images: Tensor, *, finite: bool = False) -> None:
+        self._check_in_use()
+        backbone = self._wrapping.backbone
+        check_images(images, backbone.in_channels(), backbone.parameter)
+        self._grid_of(images)
+        if finite:
+            check_finite(images)
+
+    def _check_in_use(self) -> None:
+        if self._unwrapped:
+            raise BackboneTypeError(
+                "this wrapper was unwrapped and its model is as it was before; wrap it again with "
+                "ShapleyWrapper(model)."
+            )
+
+
+def _without_autocast(images: Tensor) -> torch.autocast:
+    """Pooling, head and differences stay out of autocast: they are differences of large sums."""
+    return torch.autocast(device_type=images.device.type, enabled=False)
+
+
+def _resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
+    if paired and coalitions.shape[1] % 2:
+        raise CoalitionError(
+            f"paired=True with {coalitions.shape[1]} coalitions an image; pairs need an even "
+            "number. Leave paired=None to have it looked up."
+        )
+    return are_complement_pairs(coalitions) if paired is None else paired
+
+
+def _check_model(
+    model: object,
+    head: object,
+    grid: object,
+    image_size: object,
+    num_classes: int | None,
+) -> None:
+    if isinstance(model, type):
+        raise BackboneTypeError(
+            f"model is the class {model.__name__}; expected an instance. "
+            f"Use ShapleyWrapper({model.__name__}(...))."
+        )
+    if not isinstance(model, nn.Module):
+        raise BackboneTypeError(
+            f"model is {type(model).__name__}; expected an nn.Module, for example "
+            "timm.create_model(name, pretrained=True)."
+        )
+    if isinstance(model, ShapleyWrapper):
+        raise BackboneTypeError(
+            "model is wrapped already; use it as it is, or wrap model.unwrap() with new options."
+        )
+    if head is not None and not isinstance(head, nn.Module):
+        raise BackboneTypeError(
+            f"head is {type(head).__name__}; expected nn.Linear, or nn.Sequential that ends in one."
+        )
+    for name, size in (("grid", grid), ("image_size", image_size)):
+        valid = isinstance(size, Sequence) and len(size) == 2
+        if size is not None and not (
+            valid and all(isinstance(n, int) and n > 0 for n in size)  # pyright: ignore
+        ):
+            raise ArgumentError(f"{name} is {size!r}; expected two positive ints, rows first.")
+    if num_classes is not None and num_classes < 1:
+        raise ArgumentError(f"num_classes is {num_classes}; expected at least 1.")

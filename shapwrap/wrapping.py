@@ -1,0 +1,207 @@
+"""What happens once, when a model is wrapped: parts are found, and claims are proved by numbers."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from shapwrap._types import Grid, Images
+from shapwrap.backbones.base import Backbone
+from shapwrap.backbones.densify import StrideChange, densify
+from shapwrap.backbones.registry import candidates
+from shapwrap.backbones.removal_test import check_removal
+from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.errors import (
+    ArgumentError,
+    ImageError,
+    MaskingError,
+    ShapwrapError,
+    UnsupportedBackboneError,
+)
+from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.masking.pooling import compute_dtype
+from shapwrap.readout.head import Head, new_head
+from shapwrap.values.game import logits_of
+
+Masking = Literal["token-removal", "zero-mask"]
+
+logger = logging.getLogger("shapwrap")
+
+
+@dataclass
+class Wrapping:
+    """What was found out about a model."""
+
+    backbone: Backbone
+    head: Head
+    masking: Masking
+    grid: Grid
+    image_size: tuple[int, int]
+    max_logit_difference: float
+    logit_scale: float
+    class_token_dropped: bool
+    stride_changes: list[StrideChange] = field(default_factory=list)
+    why_not_removal: str = ""
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, everything as it was outside."""
+    with torch.no_grad(), evaluation_mode(model.modules()):
+        yield
+
+
+def wrap(
+    model: nn.Module,
+    *,
+    masking: str,
+    readout: str,
+    grid: Grid | None,
+    head: nn.Module | None,
+    num_classes: int | None,
+    prefix_tokens: str,
+    image_size: tuple[int, int] | None,
+) -> tuple[Wrapping, nn.Module | None]:
+    """Finds adapter, masking, readout and grid for a model; also returns a newly made head.
+
+    Raises:
+        ShapwrapError: A subclass that says what cannot be done and what to do.
+    """
+    if masking != "auto" and masking not in get_args(Masking):
+        raise ArgumentError(
+            f"masking is {masking!r}; expected 'auto' or one of {get_args(Masking)}."
+        )
+    if head is not None and num_classes is not None:
+        raise ArgumentError("head and num_classes were both given; expected one of them.")
+    with undisturbed(model):
+        backbone, images, why_not = _choose_backbone(model, masking, image_size)
+        reads_patches = not backbone.ignores_patches(images)
+        if isinstance(backbone, TokenBackbone):
+            backbone.choose_prefix(prefix_tokens, head_reads_patches=reads_patches)
+        feature_map = backbone.features(images)
+        like = feature_map.features.to(compute_dtype(feature_map.features)).mean(dim=1)
+        if num_classes is not None:
+            width = backbone.pre_logits(like.to(images.dtype)).shape[1]
+            head = new_head(backbone, width, num_classes)
+        parts = Head(backbone, head, like, readout)
+        hidden, output = backbone.original(images)
+        hidden = parts.pre_logits.after_model(hidden)
+        original = output if head is None else parts.classifier(hidden)
+        if reads_patches:
+            _check_pooling(backbone, "the input of its classifier", hidden, parts.readout.pooled(like))
+            logits = logits_of(parts, feature_map.features, training=False)
+            _check_pooling(backbone, "its logits", original, logits)
+        difference = _difference(parts, backbone, images, original)
+        changes: list[StrideChange] = []
+        if grid is not None and tuple(grid) != feature_map.grid:
+            changes = densify(backbone, images, (int(grid[0]), int(grid[1])))
+            difference = _difference(parts, backbone, images, original)
+        chosen: Masking = "zero-mask"
+        if isinstance(backbone, TokenBackbone) and masking != "zero-mask" and not why_not:
+            chosen = "token-removal"
+        wrapping = Wrapping(
+            backbone=backbone,
+            head=parts,
+            masking=chosen,
+            grid=backbone.features(images).grid,
+            image_size=(images.shape[-2], images.shape[-1]),
+            max_logit_difference=difference,
+            logit_scale=float(original.abs().max()),
+            class_token_dropped=not reads_patches,
+            stride_changes=changes,
+            why_not_removal=why_not,
+        )
+    return wrapping, head if num_classes is not None else None
+
+
+def _choose_backbone(
+    model: nn.Module, masking: str, image_size: tuple[int, int] | None
+) -> tuple[Backbone, Images, str]:
+    """First adapter that passes its tests, random images for it, and why removal was ruled out."""
+    found = candidates(model)
+    why_not = ""
+    for backbone in found:
+        images = random_images(backbone, image_size or backbone.image_size(), batch=2)
+        if not isinstance(backbone, TokenBackbone):
+            break
+        try:
+            check_removal(_in_full_precision(backbone), images.to(compute_dtype(images)))
+            return backbone, images, ""
+        except MaskingError as error:
+            if masking == "token-removal":
+                raise
+            why_not = str(error)
+            logger.info("%s falls back to zero-masking: %s", type(model).__name__, error)
+        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, ShapwrapError):
+                raise
+            why_not = f"its parts cannot be run on their own ({type(error).__name__}: {error})"
+    else:
+        backbone, images = found[-1], random_images(
+            found[-1], image_size or found[-1].image_size(), batch=2
+        )
+    if masking == "token-removal":
+        raise MaskingError(
+            f"masking='token-removal' was asked for, but {type(model).__name__} "
+            f"({backbone.family}) mixes patches before any token could be removed"
+            f"{': ' + why_not if why_not else ''}. Use masking='zero-mask'."
+        )
+    check_image_size(backbone, images)
+    return backbone, images, why_not
+
+
+def check_image_size(backbone: Backbone, images: Images) -> Grid:
+    """The patch grid of such images; raises an error of ours where the model raises its own.
+
+    Raises:
+        ImageError: The backbone refuses this size.
+    """
+    try:
+        return backbone.features(images).grid
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, ShapwrapError):
+            raise
+        height, width = backbone.image_size()
+        raise ImageError(
+            f"{type(backbone.model).__name__} refuses images of {images.shape[-2]} x "
+            f"{images.shape[-1]} pixels ({error}); it was built for {height} x {width}. "
+            "Resize the images, or build the model for this size and wrap it with image_size=."
+        ) from error
+
+
+def random_images(backbone: Backbone, size: tuple[int, int], batch: int) -> Images:
+    """Reproducible noise, as normalised images; leaves the global random state alone."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, backbone.in_channels(), *size, generator=generator)
+    return images.to(backbone.parameter)
+
+
+def _in_full_precision(backbone: TokenBackbone) -> TokenBackbone:
+    """The same backbone in float32, where rounding cannot hide a wrong permutation."""
+    if backbone.parameter.dtype in (torch.float32, torch.float64):
+        return backbone
+    return type(backbone)(copy.deepcopy(backbone.model).float())
+
+
+def _difference(head: Head, backbone: Backbone, images: Images, original: Tensor) -> float:
+    logits = logits_of(head, backbone.features(images).features, training=False)
+    return float((logits - original).abs().max())
+
+
+def _check_pooling(backbone: Backbone, what: str, original: Tensor, replayed: Tensor) -> None:
+    """A head that reads patches must read their mean, or no patch value would be honest."""
+    tolerance = 1e-3 if original.dtype in (torch.float32, torch.float64) else 5e-2
+    same_shape = original.shape == replayed.shape
+    error = float((original - replayed).abs().max()) if same_shape else float("inf")
+    if not error <= tolerance * float(original.abs().max()):
+        raise UnsupportedBackboneError(
+            f"{type(backbone.model).__name__} ({backbone.family}) pools its patches in another "
+            f"way than by their mean: reading the mean changes {what} by {error:.2g}. "
+            "Build the model with average pooling (timm: global_pool='avg'), or, for a token "
+            "model, with a class token."
+        )
