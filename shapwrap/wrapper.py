@@ -292,6 +292,16 @@ class ShapleyWrapper(nn.Module):
         """N, rows times columns."""
         return self.grid[0] * self.grid[1]
 
+    def patches_of(self, images: Tensor) -> int:
+        """N for images of this size, which may differ from the size that the model was wrapped for.
+
+        Raises:
+            ImageError: A size that the backbone refuses.
+        """
+        self._check(images)
+        rows, columns = self._grid_of(images)
+        return rows * columns
+
     @property
     def num_classes(self) -> int:
         """K."""

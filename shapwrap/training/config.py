@@ -1,0 +1,101 @@
+"""Everything about a training run that can be chosen."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shapwrap.coalitions.sampling import Distribution
+from shapwrap.errors import ArgumentError
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of a `Trainer`; the defaults fine-tune a pretrained backbone.
+
+    Raises:
+        ArgumentError: A value outside its range.
+    """
+
+    output_dir: str | Path | None = None
+    """Where checkpoints and `history.jsonl` go; nothing is written if None."""
+    epochs: int = 5
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, if that comes first."""
+    steps_per_epoch: int | None = None
+    """Batches in an epoch, for data without a length; the schedules need it."""
+
+    shapley_weight: float = 100.0
+    """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2."""
+    shapley_ramp: float = 0.6
+    """Share of the steps over which lambda grows linearly from 0."""
+    masked_cross_entropy: float = 1.0
+    """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
+    num_coalitions: int = 2
+    """Coalitions an image and step, in complement pairs."""
+    distribution: Distribution = "shapley"
+    """Of coalition sizes."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy on clean images."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate of the backbone."""
+    head_multiplier: float = 10.0
+    """Learning rate of the classifier, as a multiple of the backbone's."""
+    weight_decay: float = 0.05
+    """Of AdamW; biases, norms and tokens have none."""
+    warmup: float = 0.1
+    """Share of the steps with a linearly growing learning rate; a cosine to 0 follows."""
+    gradient_clip: float | None = 1.0
+    """Largest norm of the gradient; None for no clipping."""
+    accumulation: int = 1
+    """Batches an optimizer step."""
+    precision: Precision = "no"
+    """Autocast of the encoder; head and losses stay in float32."""
+    freeze_batch_norm: bool = True
+    """Keep batch statistics as pretrained, so that both branches and inference share them."""
+
+    seed: int = 0
+    """Of coalitions, data order and dropout."""
+    validation_coalitions: int = 2
+    """Coalitions an image for skill, in complement pairs, the same ones each time."""
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints; None for one at the end of each epoch."""
+    keep_checkpoints: int = 2
+    """How many of the newest are kept."""
+    log_every: int = 10
+    """Optimizer steps between records of the training losses; each waits for the device."""
+    progress: bool | None = None
+    """Show a progress bar; None for only on a terminal."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("epochs", "accumulation", "log_every", "validate_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("max_steps", "steps_per_epoch", "checkpoint_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; expected at least 1, or None."
+                )
+        for name in ("num_coalitions", "validation_coalitions"):
+            if getattr(self, name) < 2 or getattr(self, name) % 2:
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
+                    "coalitions come with their complements."
+                )
+        for name in ("shapley_weight", "masked_cross_entropy", "weight_decay", "learning_rate"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        for name in ("shapley_ramp", "warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 to 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a record of the run."""
+        return {**asdict(self), "output_dir": str(self.output_dir) if self.output_dir else None}
+

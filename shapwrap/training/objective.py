@@ -1,0 +1,74 @@
+"""What one training step minimises, as named terms."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from shapwrap.losses import shapley_loss
+from shapwrap.training.config import TrainerConfig
+from shapwrap.values.output import ShapleyOutput
+
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+"""From logits [B, K] and targets to a scalar."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of the loss; `total` is what is minimised."""
+
+    total: Float[Tensor, ""]
+    task: Float[Tensor, ""]
+    shapley: Float[Tensor, ""]
+    masked_task: Float[Tensor, ""]
+
+    def detached(self) -> Float[Tensor, " terms"]:
+        """All terms, on their device, without gradients: total, task, shapley, masked task."""
+        return torch.stack((self.total, self.task, self.shapley, self.masked_task)).detach()
+
+
+class Objective:
+    """Task loss + lambda * Shapley loss (Eq. 14) + optional task loss of the masked branch.
+
+    Args:
+        config: Weights of the terms.
+        task_loss: Loss of clean and masked logits; cross-entropy by default.
+    """
+
+    def __init__(self, config: TrainerConfig, task_loss: TaskLoss | None = None):
+        self.config = config
+        self._task_loss = task_loss
+
+    def shapley_weight(self, progress: float) -> float:
+        """Lambda after this share of the steps: a linear ramp, then constant.
+
+        A fresh head has no signal to share out yet; with the full weight from the first step,
+        uniform values would be learned before the task.
+        """
+        ramp = self.config.shapley_ramp
+        return self.config.shapley_weight * (min(1.0, progress / ramp) if ramp > 0 else 1.0)
+
+    def __call__(self, output: ShapleyOutput, targets: Tensor, progress: float) -> Terms:
+        """All terms of one batch; `progress` is the share of the steps that are done."""
+        task = self._loss(output.logits, targets, self.config.label_smoothing)
+        shapley = shapley_loss(output)
+        masked_task = torch.zeros_like(task)
+        if self.config.masked_cross_entropy > 0:
+            num = output.values.shape[1]
+            masked_task = self._loss(
+                output.values.flatten(0, 1), targets.repeat_interleave(num, dim=0), 0.0
+            )
+        total = (
+            task
+            + self.shapley_weight(progress) * shapley
+            + self.config.masked_cross_entropy * masked_task
+        )
+        return Terms(total, task, shapley, masked_task)
+
+    def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+        if self._task_loss is not None:
+            return self._task_loss(logits, targets)
+        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
