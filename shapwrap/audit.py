@@ -91,5 +91,3 @@ def audit(
         done += step
     residual, trivial = (total / num_coalitions).float()
     return Audit(residual, trivial, num_coalitions)
-
-

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
+from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.densify import restore
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.coalitions.checks import are_complement_pairs, check_coalitions
@@ -239,7 +240,7 @@ class ShapleyWrapper(nn.Module):
             image_size=(images.shape[-2], images.shape[-1]),
             contrast=contrast,
             class_names=self.class_names,
-            normalization=self._wrapping.backbone.normalization(),
+            normalization=self.normalization,
             baseline=self.baseline,
         )
 
@@ -288,6 +289,11 @@ class ShapleyWrapper(nn.Module):
         return self._wrapping.grid
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the model was wrapped for."""
+        return self._wrapping.image_size
+
+    @property
     def num_patches(self) -> int:
         """N, rows times columns."""
         return self.grid[0] * self.grid[1]
@@ -309,7 +315,7 @@ class ShapleyWrapper(nn.Module):
 
     @property
     def baseline(self) -> float:
-        """v of the empty coalition: 0, since an empty sum of patch values is."""
+        """V of the empty coalition: 0, since an empty sum of patch values is."""
         return 0.0
 
     @property
@@ -319,6 +325,11 @@ class ShapleyWrapper(nn.Module):
         if names is None and self.new_head is None:
             names = self._wrapping.backbone.class_names()
         return names if names is not None and len(names) == self.num_classes else None
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """Mean and standard deviation of the channels, where the model tells."""
+        return self._wrapping.backbone.normalization()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifier, for a learning rate of their own."""

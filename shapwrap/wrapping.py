@@ -93,7 +93,9 @@ def wrap(
         hidden = parts.pre_logits.after_model(hidden)
         original = output if head is None else parts.classifier(hidden)
         if reads_patches:
-            _check_pooling(backbone, "the input of its classifier", hidden, parts.readout.pooled(like))
+            _check_pooling(
+                backbone, "the input of its classifier", hidden, parts.readout.pooled(like)
+            )
             logits = logits_of(parts, feature_map.features, training=False)
             _check_pooling(backbone, "its logits", original, logits)
         difference = _difference(parts, backbone, images, original)
@@ -142,8 +144,9 @@ def _choose_backbone(
                 raise
             why_not = f"its parts cannot be run on their own ({type(error).__name__}: {error})"
     else:
-        backbone, images = found[-1], random_images(
-            found[-1], image_size or found[-1].image_size(), batch=2
+        backbone, images = (
+            found[-1],
+            random_images(found[-1], image_size or found[-1].image_size(), batch=2),
         )
     if masking == "token-removal":
         raise MaskingError(

@@ -76,7 +76,9 @@ class Backbone(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        hidden = torch.stack([given.flatten(1) for given in inputs]).mean(dim=0) if inputs else output
+        hidden = (
+            torch.stack([given.flatten(1) for given in inputs]).mean(dim=0) if inputs else output
+        )
         return hidden, output
 
     def classifier_dropout(self) -> float:
@@ -98,9 +100,7 @@ class Backbone(ABC):
     @property
     def parameter(self) -> Tensor:
         """Any parameter: where the model lies and in which precision."""
-        return next(
-            (p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(())
-        )
+        return next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def in_channels(self) -> int:
         """Channels of the images, read off the first convolution."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Grid, Images
@@ -75,8 +74,13 @@ def _last_level_to_stride_one(
             for change in changes:
                 change.undo()
             raise GridError(
-                _cannot(backbone, images, native, grid, f"its map is made by {layer}, which is "
-                        "not a convolution of stride 2")
+                _cannot(
+                    backbone,
+                    images,
+                    native,
+                    grid,
+                    f"its map is made by {layer}, which is not a convolution of stride 2",
+                )
             )
         changes.append(StrideChange(layer, tuple(layer.stride)))
         layer.stride = (1, 1)
@@ -114,5 +118,3 @@ def restore(changes: list[StrideChange]) -> None:
     """Give all layers their strides back."""
     for change in changes:
         change.undo()
-
-

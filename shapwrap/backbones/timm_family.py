@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from shapwrap._types import Images, PooledFeatures
+from shapwrap._types import PooledFeatures
 from shapwrap.backbones.base import Backbone, Normalization
 
 
@@ -33,11 +34,11 @@ class TimmFamily(Backbone):
         return self.head_before_classifier(self.constant_map(pooled))
 
     def head_before_classifier(self, feature_map: Tensor) -> PooledFeatures:
-        """timm's `forward_head` without its classifier."""
+        """Timm's `forward_head` without its classifier."""
         pooled = self.model.forward_head(feature_map, pre_logits=True)
         if isinstance(pooled, tuple):
             # A distilled model pools its two tokens apart and averages the two logits.
-            pooled = sum(pooled) / len(pooled)
+            pooled = torch.stack(pooled).mean(dim=0)
         return pooled.flatten(1)
 
     def constant_map(self, pooled: PooledFeatures) -> Tensor:
@@ -45,7 +46,7 @@ class TimmFamily(Backbone):
         raise NotImplementedError
 
     def classifier_dropout(self) -> float:
-        """timm's `drop_rate`, applied to the input of the classifier."""
+        """Timm's `drop_rate`, applied to the input of the classifier."""
         return float(getattr(self.model, "drop_rate", 0.0) or 0.0)
 
     def image_size(self) -> tuple[int, int]:
@@ -66,7 +67,7 @@ class TimmFamily(Backbone):
 
     def class_names(self) -> list[str] | None:
         """ImageNet names, where the classifier has the classes of the pretrained weights."""
-        from timm.data import ImageNetInfo, infer_imagenet_subset
+        from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
         classifiers = self.classifiers()
         pretrained_classes = self._configuration().get("num_classes")

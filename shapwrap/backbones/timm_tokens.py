@@ -56,7 +56,7 @@ class TimmTokens(TokenBackbone, TimmMaps):
         return model.norm(tokens)
 
     def original_tokens(self, images: Images) -> Tokens:
-        """timm's `forward_features`."""
+        """Timm's `forward_features`."""
         return self._map(images)
 
     def prefix_parameters(self) -> list[nn.Parameter]:

@@ -1,7 +1,7 @@
 """Token models with global attention: patches can be removed before the first block."""
 
 from abc import abstractmethod
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -75,7 +75,7 @@ class TokenBackbone(Backbone):
         """
         if prefix_tokens == "auto":
             self.prefix_tokens = "keep" if head_reads_patches else "drop"
-        elif prefix_tokens in get_args(PrefixTokens):
+        elif prefix_tokens == "keep" or prefix_tokens == "drop":
             self.prefix_tokens = prefix_tokens
         else:
             raise ArgumentError(
@@ -98,6 +98,8 @@ class TokenBackbone(Backbone):
         """Mean feature over the patches of each coalition, the others removed before block 1.
 
         Args:
+            images: Normalised pixels.
+            coalitions: True where a patch is present.
             paired: The coalitions are complement pairs; each pair then takes one pass over the
                 tokens instead of two.
         """
@@ -122,9 +124,7 @@ class TokenBackbone(Backbone):
         tokens = repeat(tokens, "b t d -> (b s) t d", s=coalitions.shape[1])
         return self.encode(tokens, rotary, mask)[:, num_prefix:]
 
-    def _assemble(
-        self, sequence: TokenSequence, copies: int
-    ) -> tuple[Tokens, Tensor | None, int]:
+    def _assemble(self, sequence: TokenSequence, copies: int) -> tuple[Tokens, Tensor | None, int]:
         """Sequence for the blocks, its rotary positions and the length of its prefix.
 
         Blocks with rotary positions skip a fixed number of leading tokens, so there a dropped

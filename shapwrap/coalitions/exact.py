@@ -95,4 +95,3 @@ def kernel_regression(
     direction = torch.linalg.solve(quadratic, ones)
     excess = (ones.T @ free - gains[-1:]) / (ones.T @ direction)
     return (free - direction @ excess).view(num_patches, *values.shape[1:])
-

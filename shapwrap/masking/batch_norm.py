@@ -21,4 +21,6 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """All batch normalisation layers, synchronised ones included."""
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]

@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, found again, thinned out."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,7 @@ def save(accelerator: Accelerator, directory: Path, position: Position, keep: in
     if accelerator.is_main_process:
         if final.exists():
             shutil.rmtree(final)
-        os.replace(partial, final)
+        partial.replace(final)
         for old in checkpoints(directory)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -98,9 +97,7 @@ def load(accelerator: Accelerator, directory: Path, position: Position) -> Path:
         )
     accelerator.load_state(str(newest))
     # Our own file: generator states and counters, nothing from outside the run's directory.
-    position.load_state_dict(
-        torch.load(newest / _position_file(accelerator), weights_only=False)
-    )
+    position.load_state_dict(torch.load(newest / _position_file(accelerator), weights_only=False))
     return newest
 
 

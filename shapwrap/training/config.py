@@ -98,4 +98,3 @@ class TrainerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a record of the run."""
         return {**asdict(self), "output_dir": str(self.output_dir) if self.output_dir else None}
-

@@ -15,7 +15,7 @@ class History:
         self.records: list[dict[str, Any]] = []
 
     def start(self, *, keep: int) -> None:
-        """Begin with the first `keep` records of an earlier run: 0, or as many as a checkpoint saw."""
+        """Begin with the first `keep` records of an earlier run, 0 for a new one."""
         self.records = []
         if keep and self._path and self._path.exists():
             lines = self._path.read_text().splitlines()[:keep]

@@ -42,6 +42,16 @@ class Objective:
         self.config = config
         self._task_loss = task_loss
 
+    @property
+    def needs_coalitions(self) -> bool:
+        """Whether any term reads the masked branch; without one, training is plain fine-tuning."""
+        return self.config.shapley_weight > 0 or self.config.masked_cross_entropy > 0
+
+    def plain(self, logits: Tensor, targets: Tensor) -> Terms:
+        """The task loss alone."""
+        task = self._loss(logits, targets, self.config.label_smoothing)
+        return Terms(task, task, torch.zeros_like(task), torch.zeros_like(task))
+
     def shapley_weight(self, progress: float) -> float:
         """Lambda after this share of the steps: a linear ramp, then constant.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from timm.optim import param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
@@ -17,11 +17,14 @@ def parameter_groups(wrapped: ShapleyWrapper, config: TrainerConfig) -> list[dic
     Raises:
         TrainingError: Every parameter is frozen.
     """
-    excluded = getattr(wrapped.model, "no_weight_decay", None)
+    excluded: Any = getattr(wrapped.model, "no_weight_decay", None)
     names = {f"model.{name}" for name in excluded()} if callable(excluded) else set()
     head = {id(parameter) for parameter in wrapped.head_parameters()}
-    groups = []
-    for group in param_groups_weight_decay(wrapped, config.weight_decay, no_weight_decay_list=names):
+    groups: list[dict[str, Any]] = []
+    decay_groups: Any = param_groups_weight_decay(
+        wrapped, config.weight_decay, no_weight_decay_list=names
+    )
+    for group in decay_groups:
         for of_head in (False, True):
             parameters = [p for p in group["params"] if (id(p) in head) == of_head]
             rate = config.learning_rate * (config.head_multiplier if of_head else 1.0)

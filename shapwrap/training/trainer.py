@@ -112,9 +112,9 @@ class Trainer:
         Raises:
             TrainingError: There is no data.
         """
-        if data is None and self._val_data is None:
-            raise TrainingError("no validation data; pass val_data to Trainer, or data here.")
         batches = self._val_data if data is None else self._prepare_data(data)
+        if batches is None:
+            raise TrainingError("no validation data; pass val_data to Trainer, or data here.")
         return validate(self.model, self._on_device(batches), self.accelerator, self.config)
 
     def _fit(self, resume: bool) -> None:
@@ -169,18 +169,9 @@ class Trainer:
     def _step(
         self, images: Tensor, targets: Tensor, position: checkpoint.Position, *, update: bool
     ) -> Terms:
-        num_patches = self.wrapped.patches_of(images)
-        coalitions = sample_coalitions(
-            len(images),
-            num_patches,
-            self.config.num_coalitions,
-            distribution=self.config.distribution,
-            generator=position.coalitions,
-        ).to(images.device, non_blocking=True)
         synchronise = nullcontext() if update else self.accelerator.no_sync(self.model)
         with synchronise:
-            output = self.model(images, coalitions, paired=True)
-            terms = self.objective(output, targets, position.step / self.total_steps)
+            terms = self._terms(images, targets, position)
             self.accelerator.backward(terms.total / self.config.accumulation)
         if update:
             if self.config.gradient_clip is not None:
@@ -189,6 +180,19 @@ class Trainer:
             self.scheduler.step()
             self.optimizer.zero_grad()
         return terms
+
+    def _terms(self, images: Tensor, targets: Tensor, position: checkpoint.Position) -> Terms:
+        if not self.objective.needs_coalitions:
+            return self.objective.plain(self.model(images), targets)
+        coalitions = sample_coalitions(
+            len(images),
+            self.wrapped.patches_of(images),
+            self.config.num_coalitions,
+            distribution=self.config.distribution,
+            generator=position.coalitions,
+        ).to(images.device, non_blocking=True)
+        output = self.model(images, coalitions, paired=True)
+        return self.objective(output, targets, position.step / self.total_steps)
 
     def _after_step(
         self, position: checkpoint.Position, window: "_Window", bar: "tqdm[Any]"
@@ -215,12 +219,8 @@ class Trainer:
         due = done or position.epoch % self.config.validate_every == 0
         if self._val_data is not None and due:
             metrics = self.evaluate()
-            bar.set_postfix(
-                accuracy=f"{metrics['accuracy']:.3f}", skill=f"{metrics['skill']:.3f}"
-            )
-            self.history.add(
-                kind="validation", step=position.step, epoch=position.epoch, **metrics
-            )
+            bar.set_postfix(accuracy=f"{metrics['accuracy']:.3f}", skill=f"{metrics['skill']:.3f}")
+            self.history.add(kind="validation", step=position.step, epoch=position.epoch, **metrics)
         if self.config.checkpoint_every is None or done:
             self._save(position)
 
@@ -304,7 +304,7 @@ class _Window:
         means = (self._sum / self._count).tolist()
         self._sum, self._count = None, 0
         names = ("loss", "task_loss", "shapley_loss", "masked_task_loss")
-        found = dict(zip(names, means, strict=True))
+        found: dict[str, float] = dict(zip(names, means, strict=True))
         if not all(map(math.isfinite, means)):
             raise TrainingError(
                 f"the loss is not finite at or just before step {step}: {found}; expected finite "

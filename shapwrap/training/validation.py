@@ -40,7 +40,8 @@ def validate(
             output = model(images, coalitions, paired=True)
             correct = (output.logits.argmax(dim=1) == targets).to(output.logits.dtype)
             row = torch.stack((correct, *residuals(output, coalitions)), dim=1)
-            rows.append(accelerator.gather_for_metrics(row).double().cpu())
+            gathered: Any = accelerator.gather_for_metrics(row)
+            rows.append(gathered.double().cpu())
     if not rows:
         raise TrainingError("the validation data has no batch; expected (images, labels) pairs.")
     accuracy, residual, trivial = torch.cat(rows).mean(dim=0).tolist()

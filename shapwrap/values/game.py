@@ -86,7 +86,7 @@ def target_values(
     *,
     contrast: bool,
 ) -> Float[Tensor, "batch patches"]:
-    """phi of one class an image, [B, N], from one row of W; with `contrast`, minus class mean."""
+    """Phi of one class an image, [B, N], from one row of W; with `contrast`, minus class mean."""
     weight, bias = head.classifier.weight_and_bias(target)
     if contrast:
         all_weights, all_biases = head.classifier.weight_and_bias()

@@ -1,0 +1,158 @@
+"""Commands: inspect, demo, train, explain."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from shapwrap._version import __version__
+from shapwrap.cli import demo as demonstration
+from shapwrap.cli.explain_images import explain_images
+from shapwrap.cli.run_folder import ModelSettings, build_model, wrap_model
+from shapwrap.cli.train_folder import TrainRequest, train_folder
+from shapwrap.errors import ArgumentError, ShapwrapError
+
+app = typer.Typer(
+    help="Wrap a pretrained vision model so that it explains itself.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console(highlight=False)
+
+Size = Annotated[
+    str | None, typer.Option(help="Pixels: one number, or HEIGHTxWIDTH.", metavar="SIZE")
+]
+GridOption = Annotated[
+    str | None, typer.Option(help="Patch grid: one number, or ROWSxCOLUMNS.", metavar="GRID")
+]
+Name = Annotated[str, typer.Argument(help="timm name, or torchvision:NAME.")]
+
+
+def run() -> None:
+    """Run the command; an error that a user caused is one line, not a traceback."""
+    try:
+        app()
+    except ShapwrapError as error:
+        print(f"shapwrap: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Wrap a pretrained vision model so that it explains itself."""
+
+
+@app.command()
+def inspect(
+    model: Name,
+    image_size: Size = None,
+    grid: GridOption = None,
+    num_classes: Annotated[int | None, typer.Option(help="Replace the classifier.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of the model.")] = None,
+) -> None:
+    """Print how a model is wrapped: masking, readout, grid, cost, and what to know before use."""
+    settings = ModelSettings(model, num_classes, parse_pair(image_size), parse_pair(grid))
+    console.print(wrap_model(settings, build_model(settings, weights)).report(), soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where figures and results go.")] = Path("out"),
+    seed: Annotated[int, typer.Option(help="Of data, order and coalitions.")] = 0,
+    train_images: Annotated[int, typer.Option(min=32)] = demonstration.TRAIN_IMAGES,
+    test_images: Annotated[int, typer.Option(min=8)] = demonstration.TEST_IMAGES,
+) -> None:
+    """Fine-tune a pretrained network on digits among clutter, and look at what it says."""
+    demonstration.run(
+        out, seed=seed, train_images=train_images, test_images=test_images, console=console
+    )
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="timm name, or torchvision:NAME.")],
+    data: Annotated[Path, typer.Option(help="ImageFolder, with train/ and val/ or without.")],
+    out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/shapwrap"),
+    weights: Annotated[Path | None, typer.Option(help="Pretrained weights.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from --out.")] = False,
+    image_size: Size = None,
+    grid: GridOption = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of the backbone.")] = 1e-4,
+    shapley_weight: Annotated[float, typer.Option(help="Lambda of Eq. 14.")] = 100.0,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    limit: Annotated[int | None, typer.Option(help="At most these training images.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a model on an image folder so that it explains itself."""
+    request = TrainRequest(
+        model=model,
+        data=data,
+        out=out,
+        weights=weights,
+        resume=resume,
+        image_size=parse_pair(image_size),
+        grid=parse_pair(grid),
+        batch_size=batch_size,
+        limit=limit,
+        workers=workers,
+        trainer={
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "learning_rate": learning_rate,
+            "shapley_weight": shapley_weight,
+            "precision": precision,
+            "seed": seed,
+        },
+    )
+    metrics: dict[str, Any] = train_folder(request)
+    console.print(
+        f"accuracy {metrics['accuracy']:.3f}  skill {metrics['skill']:.3f}  "
+        f"({metrics['images']:.0f} images)\nrun in {out}"
+    )
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    checkpoint: Annotated[Path, typer.Option(help="--out of a finished 'shapwrap train'.")],
+    out: Annotated[Path, typer.Option(help="Where figures and values go.")] = Path("out"),
+    target: Annotated[
+        str | None, typer.Option(help="Class name or index; the predicted class by default.")
+    ] = None,
+    contrast: Annotated[bool, typer.Option(help="Take the mean over classes off.")] = True,
+) -> None:
+    """Explain images: one figure and one JSON of values for each."""
+    for line in explain_images(images, checkpoint, out, target=target, contrast=contrast):
+        console.print(line, soft_wrap=True)
+
+
+def parse_pair(text: str | None) -> tuple[int, int] | None:
+    """(14, 14) from "14" or "14x14"; None from None.
+
+    Raises:
+        ArgumentError: Anything else.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ArgumentError(f"{text!r} is no size; expected one positive number, or ROWSxCOLUMNS.")
+    numbers = [int(part) for part in parts]
+    return numbers[0], numbers[-1]

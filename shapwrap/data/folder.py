@@ -1,0 +1,119 @@
+"""Labelled image folders: one folder a class, as torchvision's ImageFolder reads them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from shapwrap.backbones.base import Normalization
+from shapwrap.errors import ArgumentError
+
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
+
+
+class FolderData(NamedTuple):
+    """Batches for a Trainer."""
+
+    train: DataLoader
+    validation: DataLoader
+    class_names: list[str]
+
+
+def image_transform(
+    size: tuple[int, int], normalization: Normalization, *, augment: bool
+) -> transforms.Compose:
+    """From a PIL image to a normalised tensor [3, H, W].
+
+    Args:
+        size: Height and width.
+        normalization: Mean and standard deviation of the channels.
+        augment: Random crops and mirroring; otherwise the whole centre.
+    """
+    if augment:
+        steps = [
+            transforms.RandomResizedCrop(size, scale=(0.35, 1.0)),
+            transforms.RandomHorizontalFlip(),
+        ]
+    else:
+        longest = max(size)
+        steps = [transforms.Resize(longest), transforms.CenterCrop(size)]
+    return transforms.Compose(
+        [
+            transforms.Lambda(_to_rgb),
+            *steps,
+            transforms.ToTensor(),
+            transforms.Normalize(normalization.mean, normalization.std),
+        ]
+    )
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def load_folder(
+    folder: str | Path,
+    size: tuple[int, int],
+    normalization: Normalization,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    limit: int | None = None,
+) -> FolderData:
+    """Training and validation batches of a folder.
+
+    `folder/train` and `folder/val` (or valid, validation, test) where they exist; otherwise every
+    fifth image of `folder` validates.
+
+    Args:
+        folder: One folder a class, of images.
+        size: Height and width in pixels.
+        normalization: Of the pretrained weights.
+        batch_size: Images a batch.
+        workers: Processes that load.
+        limit: At most this many training images, spread evenly over the folder's order.
+
+    Raises:
+        ArgumentError: There are no images where they are expected.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ArgumentError(f"{root} is no folder; expected one folder a class, of images.")
+    augmented = image_transform(size, normalization, augment=True)
+    plain = image_transform(size, normalization, augment=False)
+    held_out = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
+    if (root / "train").is_dir() and held_out:
+        train = _open(root / "train", augmented)
+        validation = _open(held_out[0], plain)
+        if train.classes != validation.classes:
+            raise ArgumentError(
+                f"{root / 'train'} has the classes {train.classes}, {held_out[0]} has "
+                f"{validation.classes}; expected the same."
+            )
+        parts = (train, validation)
+        indices: Sequence[int] = range(len(train))
+    else:
+        train = _open(root, augmented)
+        indices = [index for index in range(len(train)) if index % 5]
+        parts = (train, Subset(_open(root, plain), range(0, len(train), 5)))
+    if limit is not None and limit < len(indices):
+        indices = [indices[i * len(indices) // limit] for i in range(limit)]
+    return FolderData(
+        DataLoader(
+            Subset(parts[0], indices), batch_size=batch_size, shuffle=True, num_workers=workers
+        ),
+        DataLoader(parts[1], batch_size=batch_size, num_workers=workers),
+        train.classes,
+    )
+
+
+def _open(folder: Path, transform: transforms.Compose) -> ImageFolder:
+    try:
+        return ImageFolder(str(folder), transform)
+    except FileNotFoundError as error:
+        raise ArgumentError(
+            f"{folder} has no usable images ({error}); expected one folder a class, of images."
+        ) from error
