@@ -12,6 +12,12 @@ PatchFeatures = Float[Tensor, "batch patches features"]
 PooledFeatures = Float[Tensor, "items features"]
 """One feature vector an item."""
 
+PreLogits = Float[Tensor, "items hidden"]
+"""What the classifier reads, one vector an item."""
+
+PatchScores = Float[Tensor, "batch patches hidden"]
+"""What the classifier reads, one vector a patch."""
+
 Coalitions = Bool[Tensor, "batch coalitions patches"]
 """True where a patch is present."""
 

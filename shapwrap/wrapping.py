@@ -79,10 +79,8 @@ def wrap(
     if head is not None and num_classes is not None:
         raise ArgumentError("head and num_classes were both given; expected one of them.")
     with undisturbed(model):
-        backbone, images, why_not = _choose_backbone(model, masking, image_size)
+        backbone, images, why_not = _choose_backbone(model, masking, prefix_tokens, image_size)
         reads_patches = not backbone.ignores_patches(images)
-        if isinstance(backbone, TokenBackbone):
-            backbone.choose_prefix(prefix_tokens, head_reads_patches=reads_patches)
         feature_map = backbone.features(images)
         like = feature_map.features.to(compute_dtype(feature_map.features)).mean(dim=1)
         if num_classes is not None:
@@ -122,7 +120,7 @@ def wrap(
 
 
 def _choose_backbone(
-    model: nn.Module, masking: str, image_size: tuple[int, int] | None
+    model: nn.Module, masking: str, prefix_tokens: str, image_size: tuple[int, int] | None
 ) -> tuple[Backbone, Images, str]:
     """First adapter that passes its tests, random images for it, and why removal was ruled out."""
     found = candidates(model)
@@ -132,6 +130,8 @@ def _choose_backbone(
         if not isinstance(backbone, TokenBackbone):
             break
         try:
+            reads_patches = not backbone.ignores_patches(images)
+            backbone.choose_prefix(prefix_tokens, head_reads_patches=reads_patches)
             check_removal(_in_full_precision(backbone), images.to(compute_dtype(images)))
             return backbone, images, ""
         except MaskingError as error:
@@ -188,7 +188,9 @@ def _in_full_precision(backbone: TokenBackbone) -> TokenBackbone:
     """The same backbone in float32, where rounding cannot hide a wrong permutation."""
     if backbone.parameter.dtype in (torch.float32, torch.float64):
         return backbone
-    return type(backbone)(copy.deepcopy(backbone.model).float())
+    precise = type(backbone)(copy.deepcopy(backbone.model).float())
+    precise.prefix_tokens = backbone.prefix_tokens
+    return precise
 
 
 def _difference(head: Head, backbone: Backbone, images: Images, original: Tensor) -> float:

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures
+from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures, PreLogits
 
 
 class FeatureMap(NamedTuple):
@@ -46,7 +46,7 @@ class Backbone(ABC):
         """Patch features of the whole image: the input of the pretrained pooling."""
 
     @abstractmethod
-    def pre_logits(self, pooled: PooledFeatures) -> PooledFeatures:
+    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """What the pretrained head makes of one pooled feature, just before its classifier."""
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Backbone(ABC):
     def ignores_patches(self, images: Images) -> bool:
         """Whether the pretrained head never reads the patch features (a class-token head)."""
 
-    def original(self, images: Images) -> tuple[PooledFeatures, Tensor]:
+    def original(self, images: Images) -> tuple[PreLogits, Tensor]:
         """Input of the classifier and output of the model, from the model's own forward pass.
 
         A model without a classifier returns the same tensor twice.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-from shapwrap._types import Images, PooledFeatures
+from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, FeatureMap, Normalization
 from shapwrap.errors import UnsupportedBackboneError
 
@@ -46,7 +46,7 @@ class PooledChildren(Backbone):
         grid = (feature_map.shape[2], feature_map.shape[3])
         return FeatureMap(rearrange(feature_map, "b d h w -> b (h w) d"), grid)
 
-    def pre_logits(self, pooled: PooledFeatures) -> PooledFeatures:
+    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """All layers after the pooling but the classifier."""
         hidden: Tensor = pooled[:, :, None, None]
         for layer in self._head_layers()[:-1]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapwrap._types import PooledFeatures
+from shapwrap._types import PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, Normalization
 
 
@@ -29,11 +29,11 @@ class TimmFamily(Backbone):
         modules = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
         return [m for m in modules if m is not None and not isinstance(m, nn.Identity)]
 
-    def pre_logits(self, pooled: PooledFeatures) -> PooledFeatures:
+    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """The pretrained head on feature maps that hold one vector everywhere."""
         return self.head_before_classifier(self.constant_map(pooled))
 
-    def head_before_classifier(self, feature_map: Tensor) -> PooledFeatures:
+    def head_before_classifier(self, feature_map: Tensor) -> PreLogits:
         """Timm's `forward_head` without its classifier."""
         pooled = self.model.forward_head(feature_map, pre_logits=True)
         if isinstance(pooled, tuple):

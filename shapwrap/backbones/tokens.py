@@ -8,12 +8,11 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Coalitions, Grid, Images, PatchFeatures
+from shapwrap._types import Coalitions, Grid, Images
 from shapwrap.backbones.base import Backbone, FeatureMap
 from shapwrap.errors import ArgumentError
 from shapwrap.masking.attention import (
     AttentionMask,
-    first_of_pairs,
     hidden_prefix_mask,
     pair_mask,
     removal_mask,
@@ -103,7 +102,8 @@ class TokenBackbone(Backbone):
             paired: The coalitions are complement pairs; each pair then takes one pass over the
                 tokens instead of two.
         """
-        run = coalitions if not paired else first_of_pairs(coalitions)
+        # The complements of a pair need no pass of their own.
+        run = coalitions[:, 0::2] if paired else coalitions
         features = self._masked_features(images, run, paired=paired)
         present = rearrange(run, "b s n -> (b s) 1 n")
         if paired:
@@ -113,7 +113,7 @@ class TokenBackbone(Backbone):
 
     def _masked_features(
         self, images: Images, coalitions: Coalitions, *, paired: bool
-    ) -> PatchFeatures:
+    ) -> Float[Tensor, "items patches features"]:
         sequence = self.embed(images)
         present = rearrange(coalitions, "b s n -> (b s) n")
         keep = self.prefix_tokens == "keep"

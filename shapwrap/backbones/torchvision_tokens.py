@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shapwrap._types import Images, PooledFeatures
+from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
@@ -54,7 +54,7 @@ class TorchvisionTokens(TokenBackbone):
         """The class token."""
         return [self.model.class_token]
 
-    def pre_logits(self, pooled: PooledFeatures) -> PooledFeatures:
+    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """All layers of `heads` but the last."""
         for layer in list(self.model.heads.children())[:-1]:
             pooled = layer(pooled)

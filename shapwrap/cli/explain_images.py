@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -30,9 +31,10 @@ def explain_images(
     for path in paths:
         try:
             with Image.open(path) as picture:
-                image: Tensor = transform(picture).unsqueeze(0)
+                tensor: Any = transform(picture)
         except (OSError, UnidentifiedImageError) as error:
             raise ArgumentError(f"{path} cannot be read as an image: {error}") from error
+        image: Tensor = tensor[None]
         explanation = wrapped.explain(image, index, contrast=contrast)
         name = _free_name(path.stem, taken)
         figure = explanation.plot(image, normalization=normalization)

@@ -4,9 +4,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from shapwrap._types import Coalitions
-
-AttentionMask = Bool[Tensor, "items 1 queries keys"]
+AttentionMask = Bool[Tensor, "#items 1 #queries keys"]
 """True where a query token may attend to a key token."""
 
 
@@ -50,8 +48,3 @@ def hidden_prefix_mask(num_prefix: int, num_patches: int, device: torch.device) 
     keys = torch.ones(num_prefix + num_patches, dtype=torch.bool, device=device)
     keys[:num_prefix] = False
     return keys[None, None, None]
-
-
-def first_of_pairs(coalitions: Coalitions) -> Coalitions:
-    """Coalitions 0, 2, 4, ...: the others are their complements."""
-    return coalitions[:, 0::2]

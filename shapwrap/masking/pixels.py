@@ -2,14 +2,16 @@
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from shapwrap._types import Coalitions, Grid, Images
 
 
-def zero_absent_pixels(images: Images, coalitions: Coalitions, grid: Grid) -> Images:
+def zero_absent_pixels(
+    images: Images, coalitions: Coalitions, grid: Grid
+) -> Float[Tensor, "items channels height width"]:
     """One masked image for each coalition, [B * S, C, H, W], zero where a patch is absent.
 
     The images are normalised, so zero is the mean colour of the training set. Patch (i, j) of an
@@ -25,7 +27,9 @@ def zero_absent_pixels(images: Images, coalitions: Coalitions, grid: Grid) -> Im
     return torch.where(present, repeated, repeated.new_zeros(()))
 
 
-def pixel_mask(coalitions: Coalitions, grid: Grid, size: tuple[int, int]) -> Bool[Tensor, "..."]:
+def pixel_mask(
+    coalitions: Coalitions, grid: Grid, size: tuple[int, int]
+) -> Bool[Tensor, "items 1 height width"]:
     """Coalitions drawn on the pixels, bool [B * S, 1, H, W]."""
     cells = rearrange(
         coalitions, "b s (rows columns) -> (b s) 1 rows columns", rows=grid[0], columns=grid[1]

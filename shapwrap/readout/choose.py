@@ -10,7 +10,7 @@ from shapwrap.errors import ReadoutError
 from shapwrap.readout.readouts import (
     AffineReadout,
     GapReadout,
-    PreLogits,
+    PreLogitFunction,
     Readout,
     ReadoutName,
     SharedNormReadout,
@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 
 
 def choose_readout(
-    pre_logits: PreLogits,
+    pre_logits: PreLogitFunction,
     modules: Sequence[nn.Module],
     like: Tensor,
     requested: str = "auto",
@@ -75,7 +75,7 @@ def _probes(like: Tensor) -> Tensor:
     return like.mean(dim=0) + noise * scales[:, None, None]
 
 
-def _is_exact(readout: Readout, pre_logits: PreLogits, features: Tensor) -> bool:
+def _is_exact(readout: Readout, pre_logits: PreLogitFunction, features: Tensor) -> bool:
     """Whether scores average to the pre-logits of the mean, at every scale of the probes."""
     expected = pre_logits(features.mean(dim=1))
     alone = pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
@@ -92,7 +92,7 @@ def _is_exact(readout: Readout, pre_logits: PreLogits, features: Tensor) -> bool
 
 
 def _shared_norm(
-    pre_logits: PreLogits, modules: Sequence[nn.Module], features: Tensor
+    pre_logits: PreLogitFunction, modules: Sequence[nn.Module], features: Tensor
 ) -> Readout | None:
     """A readout around the one normalisation that runs between pooling and classifier."""
     layers = layers_that_run(lambda: pre_logits(features.flatten(0, 1)), modules)

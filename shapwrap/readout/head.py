@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from shapwrap._types import PooledFeatures
+from shapwrap._types import PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone
 from shapwrap.errors import MissingHeadError
 from shapwrap.masking.batch_norm import evaluation_mode
@@ -24,13 +24,13 @@ class PreLogitLayers:
         owners = [backbone.model, *([head] if head is not None else [])]
         self._layers = layers_that_run(lambda: self(like), owners)
 
-    def after_model(self, hidden: PooledFeatures) -> PooledFeatures:
+    def after_model(self, hidden: Tensor) -> Tensor:
         """The hidden layers of a head that was passed in, on what the model's classifier reads."""
         for layer in split_head(self.head)[0] if self.head is not None else []:
             hidden = layer(hidden)
         return hidden
 
-    def __call__(self, pooled: PooledFeatures) -> PooledFeatures:
+    def __call__(self, pooled: PooledFeatures) -> PreLogits:
         """Pre-logits [M, D'] of pooled features [M, D].
 
         Dropout is left to `Head`, which shares one draw; batch statistics stay those of the clean

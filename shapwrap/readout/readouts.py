@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from shapwrap._types import PatchFeatures, PooledFeatures
+from shapwrap._types import PatchFeatures, PatchScores, PooledFeatures, PreLogits
 
 ReadoutName = Literal["affine", "shared-norm", "gap"]
 
-PreLogits = Callable[[PooledFeatures], PooledFeatures]
+PreLogitFunction = Callable[[PooledFeatures], PreLogits]
 
 
 class Readout(ABC):
@@ -26,15 +26,15 @@ class Readout(ABC):
     name: ClassVar[ReadoutName]
     explanation: ClassVar[str]
 
-    def __init__(self, pre_logits: PreLogits):
+    def __init__(self, pre_logits: PreLogitFunction):
         self.pre_logits = pre_logits
 
-    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+    def pooled(self, means: PooledFeatures) -> PreLogits:
         """Pre-logits of pooled features, as the pretrained head computes them."""
         return self.pre_logits(means)
 
     @abstractmethod
-    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+    def patch_scores(self, features: PatchFeatures) -> PatchScores:
         """z, one vector a patch, whose mean over patches is `pooled(features.mean(1))`."""
 
 
@@ -44,16 +44,16 @@ class AffineReadout(Readout):
     name = "affine"
     explanation = "phi_n = (W e_n + b) / N: exact, and local once the features are fixed"
 
-    def __init__(self, pre_logits: PreLogits, *, idle: bool = False):
+    def __init__(self, pre_logits: PreLogitFunction, *, idle: bool = False):
         super().__init__(pre_logits)
         self._idle = idle
 
     @override
-    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+    def pooled(self, means: PooledFeatures) -> PreLogits:
         return means if self._idle else self.pre_logits(means)
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+    def patch_scores(self, features: PatchFeatures) -> PatchScores:
         if self._idle:
             return features
         return self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
@@ -68,17 +68,19 @@ class SharedNormReadout(Readout):
     name = "shared-norm"
     explanation = "phi_n = (W norm(e_n) + b) / N with the scale of the pooled feature: exact"
 
-    def __init__(self, pre_logits: PreLogits, norm: Callable[[], nn.Module], *, centred: bool):
+    def __init__(
+        self, pre_logits: PreLogitFunction, norm: Callable[[], nn.Module], *, centred: bool
+    ):
         super().__init__(pre_logits)
         self._norm = norm
         self._centred = centred
 
     @override
-    def pooled(self, means: PooledFeatures) -> PooledFeatures:
+    def pooled(self, means: PooledFeatures) -> PreLogits:
         return self._scale_and_shift(means, means)
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+    def patch_scores(self, features: PatchFeatures) -> PatchScores:
         return self._scale_and_shift(features, features.mean(dim=1, keepdim=True))
 
     def _scale_and_shift(self, features: Tensor, pooled: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ class GapReadout(Readout):
     )
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchFeatures:
+    def patch_scores(self, features: PatchFeatures) -> PatchScores:
         alone = self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         gap = self.pooled(features.mean(dim=1))[:, None] - alone.mean(dim=1, keepdim=True)
         return alone + gap

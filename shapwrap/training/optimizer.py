@@ -18,7 +18,8 @@ def parameter_groups(wrapped: ShapleyWrapper, config: TrainerConfig) -> list[dic
         TrainingError: Every parameter is frozen.
     """
     excluded: Any = getattr(wrapped.model, "no_weight_decay", None)
-    names = {f"model.{name}" for name in excluded()} if callable(excluded) else set()
+    listed: Any = excluded() if callable(excluded) else ()
+    names = {f"model.{name}" for name in listed}
     head = {id(parameter) for parameter in wrapped.head_parameters()}
     groups: list[dict[str, Any]] = []
     decay_groups: Any = param_groups_weight_decay(

@@ -6,11 +6,18 @@ classes cost no more than one, and no N x K tensor appears in training.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from shapwrap._types import Coalitions, CoalitionValues, Logits, PatchFeatures, PatchValues
+from shapwrap._types import (
+    Coalitions,
+    CoalitionValues,
+    Logits,
+    PatchFeatures,
+    PatchScores,
+    PatchValues,
+)
 from shapwrap.masking.pooling import compute_dtype, present_means
 from shapwrap.readout.classifier import dropout_mask
 from shapwrap.readout.head import Head
@@ -66,7 +73,7 @@ def share(
     # For an empty coalition the pre-logits of a zero vector may be anything; a product with 0
     # would keep an infinite one.
     scores = torch.where(present > 0, head.classifier(pooled), 0.0)
-    return scores * (present / coalitions.shape[-1]).to(scores.dtype)
+    return scores * (present.to(scores.dtype) / coalitions.shape[-1])
 
 
 def patch_values(
@@ -81,8 +88,8 @@ def patch_values(
 
 def target_values(
     head: Head,
-    scores: PatchFeatures,
-    target: Float[Tensor, " batch"] | Tensor,
+    scores: PatchScores,
+    target: Int[Tensor, " batch"],
     *,
     contrast: bool,
 ) -> Float[Tensor, "batch patches"]:

@@ -1,0 +1,211 @@
+"""Small random backbones of every kind, and what a test needs to know about them."""
+
+from dataclasses import dataclass
+
+import timm.models.convnext
+import timm.models.eva
+import timm.models.resnet
+import timm.models.vision_transformer
+import torch
+import torchvision
+from hypothesis import strategies as st
+from torch import nn
+
+from shapwrap import ShapleyWrapper
+
+NUM_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A wrapped random model and images for it."""
+
+    kind: str
+    wrapped: ShapleyWrapper
+    images: torch.Tensor
+
+    @property
+    def tolerance(self) -> float:
+        """Of a comparison in the model's precision."""
+        return 1e-10 if self.images.dtype == torch.float64 else 2e-5
+
+
+def build(kind: str, grid: tuple[int, int]) -> tuple[nn.Module, tuple[int, int]]:
+    """A model in eval mode with random weights and the image size that gives `grid`."""
+    rows, columns = grid
+    model, cell = BUILDERS[kind](rows, columns)
+    generator = torch.Generator().manual_seed(rows * 100 + columns)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Zero biases, unit gains and 1e-5 layer scales would let wrong code pass.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.2 if parameter.ndim < 2 else 0.05))
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.1, generator=generator)
+                module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval(), (rows * cell, columns * cell)
+
+
+def _vit(**options):
+    def make(rows, columns):
+        model = timm.models.vision_transformer.VisionTransformer(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
+def _eva(**options):
+    def make(rows, columns):
+        model = timm.models.eva.Eva(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            use_rot_pos_emb=True,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
+def _torchvision_vit(rows, columns):
+    model = torchvision.models.VisionTransformer(
+        image_size=rows * 4,
+        patch_size=4,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=24,
+        mlp_dim=48,
+        num_classes=NUM_CLASSES,
+    )
+    return model, 4
+
+
+def _resnet(rows, columns):
+    model = timm.models.resnet.ResNet(
+        timm.models.resnet.BasicBlock,
+        layers=(1, 1, 1, 1),
+        channels=(4, 8, 8, 16),
+        num_classes=NUM_CLASSES,
+        stem_width=8,
+        stem_type="deep",
+    )
+    return model, 32
+
+
+def _convnext(rows, columns):
+    model = timm.models.convnext.ConvNeXt(
+        depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=NUM_CLASSES
+    )
+    return model, 32
+
+
+def _torchvision_resnet(rows, columns):
+    model = torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=NUM_CLASSES
+    )
+    return model, 32
+
+
+def _own_gap_head(rows, columns):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 16),
+        nn.GELU(),
+        nn.Linear(16, NUM_CLASSES),
+    )
+    return model, 4
+
+
+BUILDERS = {
+    "vit-class-token": _vit(),
+    "vit-registers": _vit(reg_tokens=2, init_values=0.5),
+    "vit-average": _vit(global_pool="avg", class_token=False, fc_norm=False),
+    "vit-average-norm-registers": _vit(global_pool="avg", class_token=False, reg_tokens=2),
+    "vit-average-class-token": _vit(global_pool="avg"),
+    "eva-class-token": _eva(global_pool="token"),
+    "eva-average": _eva(global_pool="avg"),
+    "eva-mixed-registers": _eva(global_pool="avg", rope_type="mixed", num_reg_tokens=2),
+    "torchvision-vit": _torchvision_vit,
+    "resnet": _resnet,
+    "convnext": _convnext,
+    "torchvision-resnet": _torchvision_resnet,
+    "own-nonlinear-head": _own_gap_head,
+}
+
+TOKEN_KINDS = [kind for kind in BUILDERS if "vit" in kind or "eva" in kind]
+EXACT_KINDS = [kind for kind in BUILDERS if "class-token" not in kind or "average" in kind]
+EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
+READOUTS = {
+    "vit-average-norm-registers": "shared-norm",
+    "vit-average-class-token": "shared-norm",
+    "eva-average": "shared-norm",
+    "eva-mixed-registers": "shared-norm",
+    "convnext": "shared-norm",
+    "own-nonlinear-head": "gap",
+}
+
+
+def make_case(kind, grid=(3, 4), batch=2, dtype=torch.float32, **options) -> Case:
+    """A wrapped model of a kind and random images."""
+    if kind == "torchvision-vit":
+        grid = (grid[0], grid[0])
+    model, size = build(kind, grid)
+    wrapped = ShapleyWrapper(model.to(dtype), image_size=size, **options)
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return Case(kind, wrapped, images)
+
+
+def random_coalitions(case: Case, num: int, seed: int, paired: bool) -> torch.Tensor:
+    """Coalitions of any size, empty and full included, unlike those of the sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(case.images), num, case.wrapped.num_patches)
+    shares = torch.rand(shape[0], num, 1, generator=generator) * 1.4 - 0.2
+    drawn = torch.rand(shape, generator=generator) < shares
+    if paired:
+        drawn[:, 1::2] = ~drawn[:, 0::2]
+    return drawn
+
+
+@dataclass(frozen=True)
+class CaseRecipe:
+    """What hypothesis draws; models are made in the test, since making one uses global state."""
+
+    kind: str
+    grid: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+
+    def __call__(self) -> Case:
+        return make_case(self.kind, self.grid, self.batch, self.dtype)
+
+
+grids = st.tuples(st.integers(2, 4), st.integers(2, 4))
+
+
+def cases(kinds=tuple(BUILDERS)):
+    """Random kind, grid (often h != w), batch size and dtype; call the result for the case."""
+    return st.builds(
+        CaseRecipe,
+        st.sampled_from(kinds),
+        grids,
+        st.integers(1, 3),
+        st.sampled_from([torch.float32, torch.float64]),
+    )

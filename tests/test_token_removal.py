@@ -1,0 +1,147 @@
+"""Masked attention equals physically removing tokens, and the gate refuses what does not."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from shapwrap import ShapleyWrapper
+from shapwrap.errors import MaskingError
+from tests.backbones import TOKEN_KINDS, make_case, random_coalitions
+from tests.removal_reference import reference_value
+
+
+@pytest.mark.parametrize("kind", TOKEN_KINDS)
+@pytest.mark.parametrize("paired", [True, False])
+@torch.no_grad()
+def test_equals_gathering_one_image_at_a_time(kind, paired):
+    case = make_case(kind, batch=3)
+    assert case.wrapped.report().masking == "token-removal"
+    for num in (2, 8):
+        coalitions = random_coalitions(case, num, seed=num, paired=paired)
+        coalitions[0, :2] = torch.stack(
+            (torch.zeros(case.wrapped.num_patches), torch.ones(case.wrapped.num_patches))
+        ).bool()
+        assert len(coalitions.sum(-1).unique()) > num // 2, "sizes must be mixed"
+        values = case.wrapped.value(case.images, coalitions)
+        for image, rows, found in zip(case.images, coalitions, values, strict=True):
+            expected = torch.stack([reference_value(case, image, row) for row in rows])
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_unfused_attention_is_masked_too():
+    case = make_case("vit-class-token")
+    coalitions = random_coalitions(case, 4, seed=1, paired=True)
+    fused = case.wrapped.value(case.images, coalitions)
+    for block in case.wrapped.model.blocks:
+        block.attn.fused_attn = False
+    torch.testing.assert_close(
+        case.wrapped.value(case.images, coalitions), fused, atol=1e-5, rtol=1e-5
+    )
+
+
+class _MixedBeforeBlocks(nn.Module):
+    def __init__(self, embed):
+        super().__init__()
+        self.embed = embed
+        self.mix = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images):
+        return self.embed(self.mix(images))
+
+
+class _Shifted(nn.Module):
+    """A block that looks at the neighbouring token: order matters."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens, **options):
+        return self.block(tokens + 0.05 * tokens.roll(1, dims=1), **options)
+
+
+class _Unmasked(nn.Module):
+    """A block that takes a mask and ignores it."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens, attn_mask=None, **options):
+        return self.block(tokens, **options)
+
+
+def _broken(part):
+    model = timm.create_model("test_vit", num_classes=3, img_size=32, patch_size=8)
+    if part == "stem":
+        model.patch_embed.proj = _MixedBeforeBlocks(model.patch_embed.proj)
+    elif part == "order":
+        model.blocks[0] = _Shifted(model.blocks[0])
+    elif part == "mask":
+        model.blocks = nn.Sequential(*(_Unmasked(block) for block in model.blocks))
+    else:
+        features = model.forward_features
+        model.forward_features = lambda images, **options: features(images) * 1.1
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("stem", "mixes patches before its token slot"),
+        ("order", "permuting patch tokens"),
+        ("mask", "masking attention equals removing tokens"),
+        ("more", "replay its own forward pass"),
+    ],
+)
+def test_gate_refuses_removal_and_falls_back_visibly(part, words):
+    with pytest.raises(MaskingError, match=words):
+        ShapleyWrapper(_broken(part), masking="token-removal")
+    wrapped = ShapleyWrapper(_broken(part))
+    report = wrapped.report()
+    assert report.masking == "zero-mask"
+    assert words in report.note
+    images = torch.randn(2, 3, 32, 32)
+    coalitions = torch.zeros(2, 1, wrapped.num_patches, dtype=torch.bool)
+    coalitions[:, :, ::2] = True
+    cells = coalitions.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed = torch.where(cells, images, torch.randn(2, 3, 32, 32))
+    with torch.no_grad():
+        assert torch.equal(wrapped.value(images, coalitions), wrapped.value(changed, coalitions))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gate_is_as_strict_in_half_precision(dtype):
+    with pytest.raises(MaskingError, match="permuting"):
+        ShapleyWrapper(_broken("order").to(dtype), masking="token-removal")
+    wrapped = ShapleyWrapper(
+        make_case("eva-average").wrapped.unwrap().to(dtype), image_size=(12, 16)
+    )
+    assert wrapped.report().masking == "token-removal"
+
+
+def test_zero_masking_on_request():
+    case = make_case("vit-class-token", masking="zero-mask")
+    assert case.wrapped.report().masking == "zero-mask"
+
+
+def test_prefix_tokens_are_dropped_or_kept():
+    images = torch.randn(2, 3, 12, 16)
+
+    def sensitivity(kind, **options):
+        wrapped = make_case(kind, **options).wrapped
+        with torch.no_grad():
+            before = wrapped(images)
+            for name in ("cls_token", "reg_token"):
+                token = getattr(wrapped.model, name, None)
+                if token is not None:
+                    token.add_(torch.randn_like(token))
+            return float((wrapped(images) - before).abs().max())
+
+    assert sensitivity("vit-registers") == 0
+    assert sensitivity("eva-class-token") == 0
+    assert sensitivity("vit-registers", prefix_tokens="keep") > 1e-4
+    assert sensitivity("vit-average-norm-registers") > 1e-4
+    assert sensitivity("vit-average-norm-registers", prefix_tokens="drop") == 0
