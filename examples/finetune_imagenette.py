@@ -25,6 +25,7 @@ VIT_WEIGHTS = "vit_small_patch14_saliency.fp16.safetensors"
 
 
 def make_model(name: str, size: int, weights: Path) -> ShapleyWrapper:
+    """A wrapped model with pretrained weights and a new head for 10 classes."""
     names = [names[0] for names in Imagenette._WNID_TO_CLASS.values()]
     if name == "efficientnet_lite0":
         model = efficientnet_lite0(num_classes=10)
@@ -38,11 +39,13 @@ def make_model(name: str, size: int, weights: Path) -> ShapleyWrapper:
 
 
 def evenly(dataset: Imagenette, count: int) -> Subset:
+    """`count` images, spread over the classes."""
     count = min(count, len(dataset))
     return Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
 def main() -> None:
+    """Train each model twice; print and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="holds imagenette2-160")
     parser.add_argument("--weights", type=Path, required=True, help=f"holds {VIT_WEIGHTS}")
@@ -53,7 +56,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int, default=1000)
     parser.add_argument("--val-images", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", default="no")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,7 +85,11 @@ def main() -> None:
                     )
                 )
             config = TrainerConfig(
-                epochs=options.epochs, precision=options.precision, seed=options.seed, **terms
+                epochs=options.epochs,
+                head_multiplier=50.0,
+                precision=options.precision,
+                seed=options.seed,
+                **terms,
             )
             trainer = Trainer(wrapped, loaders[0], config=config)
             started = time.perf_counter()

@@ -62,7 +62,7 @@ def audit(
     num_patches: int,
     *,
     num_coalitions: int,
-    distribution: Distribution,
+    distribution: Distribution | str,
     generator: torch.Generator | None,
     chunk_size: int,
 ) -> Audit:

@@ -12,7 +12,7 @@ from shapwrap.values.output import ShapleyOutput
 def shapley_loss(
     output: ShapleyOutput,
     *,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Literal["mean", "sum", "none"] | str = "mean",
     detach_values: bool = False,
 ) -> Tensor:
     """(v(s) - s . phi(x))^2, the mean over images, coalitions and classes, in squared logits.

@@ -91,6 +91,11 @@ def note_for(wrapping: Wrapping) -> str:
             "The pretrained head reads the class token, which was dropped; it now reads the patch "
             "tokens: fine-tune before use."
         )
+    if wrapping.registers_dropped:
+        sentences.append(
+            "The class and register tokens, which patches could see, were dropped: fine-tune "
+            "before use."
+        )
     if wrapping.stride_changes:
         sentences.append(
             f"{len(wrapping.stride_changes)} layers run at stride 1 for the finer grid, which "

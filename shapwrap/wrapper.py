@@ -137,7 +137,8 @@ class ShapleyWrapper(nn.Module):
         features = self._features(images)
         head = self._wrapping.head
         if coalitions is None:
-            return game.logits_of(head, features, training=self.training)
+            with _without_autocast(images):
+                return game.logits_of(head, features, training=self.training)
         check_coalitions(coalitions, images.shape[0], features.shape[1])
         paired = _resolve_pairing(coalitions, paired)
         coalitions = coalitions.to(images.device, non_blocking=True)
@@ -250,7 +251,7 @@ class ShapleyWrapper(nn.Module):
         images: Tensor,
         *,
         num_coalitions: int = 32,
-        distribution: Distribution = "shapley",
+        distribution: Distribution | str = "shapley",
         generator: torch.Generator | None = None,
         chunk_size: int = 8,
     ) -> auditing.Audit:

@@ -45,6 +45,7 @@ class Wrapping:
     max_logit_difference: float
     logit_scale: float
     class_token_dropped: bool
+    registers_dropped: bool = False
     stride_changes: list[StrideChange] = field(default_factory=list)
     why_not_removal: str = ""
 
@@ -78,7 +79,7 @@ def wrap(
         )
     if head is not None and num_classes is not None:
         raise ArgumentError("head and num_classes were both given; expected one of them.")
-    with undisturbed(model):
+    with undisturbed(model), evaluation_mode(head.modules() if head is not None else ()):
         backbone, images, why_not = _choose_backbone(model, masking, prefix_tokens, image_size)
         reads_patches = not backbone.ignores_patches(images)
         feature_map = backbone.features(images)
@@ -91,10 +92,10 @@ def wrap(
         hidden = parts.pre_logits.after_model(hidden)
         original = output if head is None else parts.classifier(hidden)
         if reads_patches:
-            _check_pooling(
-                backbone, "the input of its classifier", hidden, parts.readout.pooled(like)
-            )
-            logits = logits_of(parts, feature_map.features, training=False)
+            complete = _original_features(backbone, images)
+            pooled = parts.readout.pooled(complete.mean(dim=1))
+            _check_pooling(backbone, "the input of its classifier", hidden, pooled)
+            logits = logits_of(parts, complete, training=False)
             _check_pooling(backbone, "its logits", original, logits)
         difference = _difference(parts, backbone, images, original)
         changes: list[StrideChange] = []
@@ -113,6 +114,7 @@ def wrap(
             max_logit_difference=difference,
             logit_scale=float(original.abs().max()),
             class_token_dropped=not reads_patches,
+            registers_dropped=reads_patches and bool(backbone.unused_parameters()),
             stride_changes=changes,
             why_not_removal=why_not,
         )
@@ -196,6 +198,16 @@ def _in_full_precision(backbone: TokenBackbone) -> TokenBackbone:
 def _difference(head: Head, backbone: Backbone, images: Images, original: Tensor) -> float:
     logits = logits_of(head, backbone.features(images).features, training=False)
     return float((logits - original).abs().max())
+
+
+def _original_features(backbone: Backbone, images: Images) -> Tensor:
+    """Patch features as the model itself computes them, in the precision of the game."""
+    if isinstance(backbone, TokenBackbone):
+        num_patches = backbone.embed(images).patches.shape[1]
+        features = backbone.original_tokens(images)[:, -num_patches:]
+    else:
+        features = backbone.features(images).features
+    return features.to(compute_dtype(features))
 
 
 def _check_pooling(backbone: Backbone, what: str, original: Tensor, replayed: Tensor) -> None:

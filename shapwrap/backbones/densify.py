@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Grid, Images
 from shapwrap.backbones.base import Backbone
+from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import GridError
 
 
@@ -40,6 +41,12 @@ def densify(backbone: Backbone, images: Images, grid: Grid) -> list[StrideChange
     """
     changes: list[StrideChange] = []
     native = current = backbone.features(images).grid
+    if isinstance(backbone, TokenBackbone):
+        raise GridError(
+            f"grid={grid} is out of reach for {type(backbone.model).__name__}: its patch embedding "
+            f"makes {native} tokens of these images. Use larger images with image_size=, or a "
+            "model with smaller patches."
+        )
     try:
         while current != grid:
             if current[0] >= grid[0] or current[1] >= grid[1]:

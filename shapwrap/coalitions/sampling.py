@@ -13,7 +13,7 @@ Distribution = Literal["shapley", "uniform"]
 
 
 def size_probabilities(
-    num_patches: int, distribution: Distribution = "shapley"
+    num_patches: int, distribution: Distribution | str = "shapley"
 ) -> Float[Tensor, " sizes"]:
     """Probability of each coalition size 0..N, as float64 of length N + 1.
 
@@ -50,7 +50,7 @@ def sample_coalitions(
     num_patches: int,
     num: int = 2,
     *,
-    distribution: Distribution = "shapley",
+    distribution: Distribution | str = "shapley",
     paired: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,

@@ -1,0 +1,182 @@
+"""What is found out about real architectures, by introspection, and what must hold for them."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from shapwrap import ShapleyWrapper
+from shapwrap.errors import GridError
+from tests.backbones import BUILDERS, EXACT_KINDS, READOUTS, TOKEN_KINDS, make_case
+
+# name, masking, readout, grid, whether the logits are those of the original model
+TIMM = [
+    ("test_vit", "token-removal", "affine", (10, 10), False),
+    ("test_vit2", "token-removal", "shared-norm", (10, 10), True),
+    ("test_vit4", "token-removal", "shared-norm", (10, 10), True),
+    ("deit_tiny_distilled_patch16_224", "token-removal", "affine", (14, 14), False),
+    ("test_resnet", "zero-mask", "affine", (5, 5), True),
+    ("test_efficientnet", "zero-mask", "affine", (5, 5), True),
+    ("test_convnext", "zero-mask", "shared-norm", (5, 5), True),
+    ("regnetx_002", "zero-mask", "affine", (7, 7), True),
+    ("mobilenetv3_small_050", "zero-mask", "gap", (7, 7), True),
+    ("swin_tiny_patch4_window7_224", "zero-mask", "affine", (7, 7), True),
+]
+TORCHVISION = [
+    ("vit_b_32", "token-removal", "affine", (7, 7), False),
+    ("resnet18", "zero-mask", "affine", (7, 7), True),
+    ("convnext_tiny", "zero-mask", "shared-norm", (7, 7), True),
+    ("efficientnet_b0", "zero-mask", "affine", (7, 7), True),
+    ("mobilenet_v3_small", "zero-mask", "gap", (7, 7), True),
+    ("regnet_y_400mf", "zero-mask", "affine", (7, 7), True),
+    ("swin_t", "zero-mask", "affine", (7, 7), True),
+]
+ARCHITECTURES = [("timm", *row) for row in TIMM] + [("torchvision", *row) for row in TORCHVISION]
+
+
+def create(source, name):
+    if source == "timm":
+        return timm.create_model(name, num_classes=10)
+    return torchvision.models.get_model(name, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "masking", "readout", "grid", "exact"),
+    ARCHITECTURES,
+    ids=[f"{row[0]}-{row[1]}" for row in ARCHITECTURES],
+)
+def test_architectures(source, name, masking, readout, grid, exact):
+    model = create(source, name).eval()
+    wrapped = ShapleyWrapper(model)
+    images = torch.randn(2, 3, *wrapped.image_size)
+    with torch.no_grad():
+        original, logits = model(images), wrapped(images)
+        values = wrapped.attribute(images)
+    report = wrapped.report()
+    assert (report.masking, report.readout, wrapped.grid) == (masking, readout, grid)
+    torch.testing.assert_close(values.sum(1), logits, atol=1e-4, rtol=1e-4)
+    if exact:
+        torch.testing.assert_close(logits, original, atol=1e-4, rtol=1e-4)
+        assert report.max_logit_difference <= 1e-4
+        assert "logits are those of the original" in report.note
+    else:
+        assert "class token, which was dropped" in report.note
+        assert "fine-tune before use" in report.note
+
+
+@pytest.mark.parametrize("kind", list(BUILDERS))
+def test_kinds(kind):
+    case = make_case(kind)
+    report = case.wrapped.report()
+    assert report.masking == ("token-removal" if kind in TOKEN_KINDS else "zero-mask")
+    assert report.readout == READOUTS.get(kind, "affine")
+    with torch.no_grad():
+        original = case.wrapped.model(case.images)
+        difference = (case.wrapped(case.images) - original).abs().max()
+    assert (difference <= 1e-4) == (kind in EXACT_KINDS)
+    assert (report.max_logit_difference <= 1e-4) == (kind in EXACT_KINDS)
+    assert str(case.wrapped.grid[0]) in str(report)
+
+
+@pytest.mark.parametrize("source", ["timm", "torchvision"])
+def test_resnet50_with_a_grid_of_14(source):
+    """The paper's ResNet-50: last stage at stride 1, 4.1 -> 6.6 G multiply-adds."""
+    model = create(source, "resnet50")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    wrapped = ShapleyWrapper(model, grid=(14, 14))
+    assert wrapped.grid == (14, 14)
+    after = dict(wrapped.model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    report = wrapped.report()
+    assert report.params.before == report.params.after
+    assert report.flops.before == pytest.approx(4.1e9, rel=0.02)
+    # The classifier here has 10 classes; on 196 patches the paper's has 1000.
+    classifier = 196 * 2048 * (1000 - 10)
+    assert report.flops.after + classifier == pytest.approx(6.6e9, rel=0.01)
+    assert "stride 1" in report.note
+    assert wrapped.unwrap().layer4[0].conv2.stride == (2, 2)
+
+
+def test_reported_cost_is_that_of_the_flop_counter():
+    wrapped = ShapleyWrapper(timm.create_model("resnet50"), grid=(14, 14)).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        wrapped.attribute(images)
+    assert counter.get_total_flops() / 2 == wrapped.report().flops.after
+    assert wrapped.report().flops.after == pytest.approx(6.6e9, rel=0.01)
+
+
+def test_grids_out_of_reach_leave_the_model_alone():
+    model = create("timm", "test_resnet")
+    strides = [m.stride for m in model.modules() if isinstance(m, nn.Conv2d)]
+    for grid in ((7, 7), (5, 10), (3, 3), (1000, 1000)):
+        with pytest.raises(GridError, match="out of reach"):
+            ShapleyWrapper(model, grid=grid)
+        assert strides == [m.stride for m in model.modules() if isinstance(m, nn.Conv2d)]
+    tokens = make_case("vit-average", grid=(2, 2)).wrapped.unwrap()
+    with pytest.raises(GridError, match="patch embedding"):
+        ShapleyWrapper(tokens, image_size=(8, 8), grid=(4, 4))
+
+
+def test_other_image_sizes_have_other_grids():
+    wrapped = ShapleyWrapper(create("timm", "test_resnet")).eval()
+    images = torch.randn(2, 3, 96, 64)
+    explanation = wrapped.explain(images)
+    assert explanation.grid == (3, 2)
+    assert explanation.heatmap().shape == (2, 96, 64)
+    coalitions = torch.rand(2, 2, 6) < 0.5
+    with torch.no_grad():
+        assert wrapped(images, coalitions).values.shape == (2, 2, 10)
+    assert wrapped.grid == (5, 5)
+    dynamic = ShapleyWrapper(timm.create_model("test_vit", dynamic_img_size=True)).eval()
+    assert dynamic.explain(torch.randn(1, 3, 96, 64)).grid == (6, 4)
+    assert dynamic.value(torch.randn(1, 3, 96, 64), torch.ones(1, 1, 24).bool()).shape == (
+        1,
+        1,
+        1000,
+    )
+
+
+def test_a_cell_that_does_not_divide_the_image():
+    wrapped = ShapleyWrapper(create("timm", "test_resnet"), image_size=(70, 101)).eval()
+    rows, columns = wrapped.grid
+    images = torch.randn(1, 3, 70, 101)
+    coalitions = torch.zeros(1, 1, rows * columns, dtype=torch.bool)
+    coalitions[..., :columns] = True
+    changed = images.clone()
+    changed[..., -(-70 // rows) :, :] = 5.0
+    with torch.no_grad():
+        assert torch.equal(wrapped.value(images, coalitions), wrapped.value(changed, coalitions))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Linear(64, 7),
+        nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 7)),
+        nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Dropout(0.5), nn.Linear(32, 7)),
+    ],
+)
+def test_a_head_of_ones_own(head):
+    encoder = timm.create_model("test_vit", num_classes=0, global_pool="avg", fc_norm=False)
+    wrapped = ShapleyWrapper(encoder, head=head).eval()
+    images = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(images), head(encoder(images)), atol=1e-5, rtol=1e-5)
+        values = wrapped.attribute(images)
+    torch.testing.assert_close(values.sum(1), wrapped(images), atol=1e-5, rtol=1e-5)
+    assert {id(p) for p in head.parameters()} <= {id(p) for p in wrapped.parameters()}
+    wrapped.train()
+    coalitions = torch.ones(2, 2, 100, dtype=torch.bool)
+    output = wrapped(images, coalitions)
+    torch.testing.assert_close(output.values[:, 0], output.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_new_classes():
+    wrapped = ShapleyWrapper(timm.create_model("test_vit", num_classes=0), num_classes=3)
+    assert wrapped.num_classes == 3
+    assert torch.equal(wrapped(torch.randn(1, 3, 160, 160)), torch.zeros(1, 3))
+    assert "train it before use" in wrapped.report().note
