@@ -62,13 +62,7 @@ class Trainer:
         self.config = config or TrainerConfig()
         self.wrapped = wrapped
         self.objective = Objective(self.config, task_loss)
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=self.config.precision,
-            gradient_accumulation_steps=self.config.accumulation,
-            step_scheduler_with_optimizer=False,
-            # A seed of the sampler's own would shuffle apart from the data's random stream.
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-        )
+        self.accelerator = accelerator or _make_accelerator(self.config)
         self._directory = Path(self.config.output_dir) if self.config.output_dir else None
         self.history = History(self._directory if self.accelerator.is_main_process else None)
         self._batches_per_epoch = self._length(train_data)
@@ -283,6 +277,21 @@ class Trainer:
         if not self.accelerator.is_main_process:
             hidden = True
         return tqdm(total=self.total_steps, initial=position.step, disable=hidden, unit="step")
+
+
+def _make_accelerator(config: TrainerConfig) -> Accelerator:
+    try:
+        return Accelerator(
+            mixed_precision=config.precision,
+            step_scheduler_with_optimizer=False,
+            # A seed of the sampler's own would shuffle apart from the data's random stream.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+    except ValueError as error:
+        raise TrainingError(
+            f"precision={config.precision!r} cannot be set up: {error} accelerate allows one "
+            "precision a process, and fp16 only on a GPU; use a new process, or bf16."
+        ) from error
 
 
 class _Window:
