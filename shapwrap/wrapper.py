@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
+from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.densify import restore
 from shapwrap.backbones.tokens import TokenBackbone
@@ -87,7 +88,11 @@ class ShapleyWrapper(nn.Module):
         class_names: Sequence[str] | None = None,
     ):
         super().__init__()
-        _check_model(model, head, grid, image_size, num_classes)
+        if isinstance(model, ShapleyWrapper):
+            raise BackboneTypeError(
+                "model is wrapped already; use it as it is, or wrap model.unwrap() with new options."
+            )
+        check_arguments(model, head, grid, image_size, num_classes)
         modes = {module: module.training for module in model.modules()}
         self._wrapping, made = wrap(
             model,
@@ -440,38 +445,3 @@ def _resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
             "number. Leave paired=None to have it looked up."
         )
     return are_complement_pairs(coalitions) if paired is None else paired
-
-
-def _check_model(
-    model: object,
-    head: object,
-    grid: object,
-    image_size: object,
-    num_classes: int | None,
-) -> None:
-    if isinstance(model, type):
-        raise BackboneTypeError(
-            f"model is the class {model.__name__}; expected an instance. "
-            f"Use ShapleyWrapper({model.__name__}(...))."
-        )
-    if not isinstance(model, nn.Module):
-        raise BackboneTypeError(
-            f"model is {type(model).__name__}; expected an nn.Module, for example "
-            "timm.create_model(name, pretrained=True)."
-        )
-    if isinstance(model, ShapleyWrapper):
-        raise BackboneTypeError(
-            "model is wrapped already; use it as it is, or wrap model.unwrap() with new options."
-        )
-    if head is not None and not isinstance(head, nn.Module):
-        raise BackboneTypeError(
-            f"head is {type(head).__name__}; expected nn.Linear, or nn.Sequential that ends in one."
-        )
-    for name, size in (("grid", grid), ("image_size", image_size)):
-        valid = isinstance(size, Sequence) and len(size) == 2
-        if size is not None and not (
-            valid and all(isinstance(n, int) and n > 0 for n in size)  # pyright: ignore
-        ):
-            raise ArgumentError(f"{name} is {size!r}; expected two positive ints, rows first.")
-    if num_classes is not None and num_classes < 1:
-        raise ArgumentError(f"num_classes is {num_classes}; expected at least 1.")

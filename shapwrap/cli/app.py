@@ -65,7 +65,8 @@ def inspect(
 ) -> None:
     """Print how a model is wrapped: masking, readout, grid, cost, and what to know before use."""
     settings = ModelSettings(model, num_classes, parse_pair(image_size), parse_pair(grid))
-    console.print(wrap_model(settings, build_model(settings, weights)).report(), soft_wrap=True)
+    report = wrap_model(settings, build_model(settings, weights)).report()
+    console.print(str(report), soft_wrap=True)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def run(
         image_size=IMAGE_SIZE,
         class_names=ClutteredDigits.class_names,
     )
-    console.print(wrapped.report(), soft_wrap=True)
+    console.print(str(wrapped.report()), soft_wrap=True)
     results: dict[str, dict[str, float]] = {}
     for name, title, settings in (
         ("before", "plain fine-tuning", PLAIN),

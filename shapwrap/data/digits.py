@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -50,7 +51,7 @@ class ClutteredDigits(Dataset[tuple[Tensor, int]]):
 
     def __init__(
         self,
-        split: Literal["train", "test"] = "train",
+        split: Literal["train", "test"] | str = "train",
         *,
         num_images: int = 1000,
         image_size: tuple[int, int] = (112, 112),
@@ -69,7 +70,8 @@ class ClutteredDigits(Dataset[tuple[Tensor, int]]):
         self._digits, self._labels = digits.flip(0)[chosen], labels.flip(0)[chosen]
         self._size = image_size
         self._distractors = distractors
-        self._seed = seed * 2 + (split == "test")
+        self._seed = seed
+        self._is_test = int(split == "test")
         self._length = num_images
 
     def __len__(self) -> int:
@@ -89,7 +91,9 @@ class ClutteredDigits(Dataset[tuple[Tensor, int]]):
         """
         if not 0 <= index < self._length:
             raise IndexError(f"index {index} of {self._length} images")
-        generator = torch.Generator().manual_seed((self._seed << 32) + index)
+        # torch's CPU generator reads 32 bits of a seed; the sequence mixes all three numbers in.
+        mixed = np.random.SeedSequence([self._seed, self._is_test, index]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         which = int(torch.randint(len(self._digits), (), generator=generator))
         canvas = self._background(generator)
         taken = torch.zeros(self._size, dtype=torch.bool)

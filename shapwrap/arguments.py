@@ -1,0 +1,44 @@
+"""Checks of what a user passes to the wrapper."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from shapwrap.errors import ArgumentError, BackboneTypeError
+
+
+def check_arguments(
+    model: object,
+    head: object,
+    grid: object,
+    image_size: object,
+    num_classes: int | None,
+) -> None:
+    """Raise unless the options of a wrapper are of the right kind.
+
+    Raises:
+        BackboneTypeError: A class, or no module.
+        ArgumentError: A size that is not two positive ints, or no class.
+    """
+    if isinstance(model, type):
+        raise BackboneTypeError(
+            f"model is the class {model.__name__}; expected an instance. "
+            f"Use ShapleyWrapper({model.__name__}(...))."
+        )
+    if not isinstance(model, nn.Module):
+        raise BackboneTypeError(
+            f"model is {type(model).__name__}; expected an nn.Module, for example "
+            "timm.create_model(name, pretrained=True)."
+        )
+    if head is not None and not isinstance(head, nn.Module):
+        raise BackboneTypeError(
+            f"head is {type(head).__name__}; expected nn.Linear, or nn.Sequential that ends in one."
+        )
+    for name, size in (("grid", grid), ("image_size", image_size)):
+        valid = isinstance(size, Sequence) and len(size) == 2
+        if size is not None and not (
+            valid and all(isinstance(n, int) and n > 0 for n in size)  # pyright: ignore
+        ):
+            raise ArgumentError(f"{name} is {size!r}; expected two positive ints, rows first.")
+    if num_classes is not None and num_classes < 1:
+        raise ArgumentError(f"num_classes is {num_classes}; expected at least 1.")
