@@ -90,7 +90,7 @@ class ShapleyWrapper(nn.Module):
         super().__init__()
         if isinstance(model, ShapleyWrapper):
             raise BackboneTypeError(
-                "model is wrapped already; use it as it is, or wrap model.unwrap() with new options."
+                "model is wrapped already; use it as it is, or wrap model.unwrap() anew."
             )
         check_arguments(model, head, grid, image_size, num_classes)
         modes = {module: module.training for module in model.modules()}

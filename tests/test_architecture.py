@@ -45,7 +45,7 @@ CONFINED = {
     "torchvision": ["data", "cli"],
     "timm": ["backbones", "training", "data", "cli"],
 }
-OPTIONAL = [
+OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
     "accelerate",
     "tqdm",
     "matplotlib",
