@@ -29,13 +29,12 @@ from shapwrap.wrapping import check_image_size, random_images, undisturbed, wrap
 
 
 class ShapleyWrapper(nn.Module):
-    r"""A drop-in replacement of a model whose logits are sums of patch values.
+    """A drop-in replacement of a model whose logits are sums of patch values.
 
-    For an image of N patches and K classes the wrapped model has patch values
-    \(\phi(x) \in \mathbb{R}^{N \times K}\) with \(f(x) = \sum_n \phi(x)_n\) and the value of a
-    coalition \(v(s) = \sum_{m \in s} \phi(x_s)_m\), where \(x_s\) is the image with the absent
-    patches hidden before they can influence anything. Trained with `shapley_loss`, \(\phi\)
-    becomes the Shapley value of \(v\).
+    For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],
+    with f(x) = sum of phi(x) over patches, and the value of a coalition v(s) = sum of phi(x_s) over
+    present patches, where x_s is the image with the absent patches hidden before they can influence
+    anything. Trained with `shapley_loss`, phi becomes the Shapley value of v.
 
     The model object is used, not copied: it keeps its weights, its device and its train or eval
     mode. Attributes that the wrapper lacks are looked up on the model.

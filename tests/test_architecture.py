@@ -46,15 +46,6 @@ CONFINED = {
     "timm": ["backbones", "training", "data", "cli"],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
-    "accelerate",
-    "tqdm",
-    "matplotlib",
-    "typer",
-    "rich",
-    "sklearn",
-    "open_clip",
-    "torchvision",
-]
 
 
 def _group(path):
