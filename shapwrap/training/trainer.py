@@ -282,6 +282,8 @@ class Trainer:
 def _make_accelerator(config: TrainerConfig) -> Accelerator:
     try:
         return Accelerator(
+            # Without a word about the CPU, several processes would each train alone.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.precision,
             step_scheduler_with_optimizer=False,
             # A seed of the sampler's own would shuffle apart from the data's random stream.
