@@ -40,5 +40,5 @@ def check_arguments(
             valid and all(isinstance(n, int) and n > 0 for n in size)  # pyright: ignore
         ):
             raise ArgumentError(f"{name} is {size!r}; expected two positive ints, rows first.")
-    if num_classes is not None and num_classes < 1:
-        raise ArgumentError(f"num_classes is {num_classes}; expected at least 1.")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ArgumentError(f"num_classes is {num_classes!r}; expected an int, at least 1.")

@@ -54,8 +54,8 @@ class Explanation:
         Raises:
             ArgumentError: A size below 1.
         """
-        size = size or self.image_size
-        if len(size) != 2 or min(size) < 1:
+        size = self.image_size if size is None else size
+        if not isinstance(size, tuple | list) or len(size) != 2 or min(size) < 1:
             raise ArgumentError(f"size is {size}; expected (height, width), both at least 1.")
         maps = rearrange(self.values, "b (rows columns) -> b 1 rows columns", rows=self.grid[0])
         return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)[:, 0]
@@ -105,7 +105,7 @@ class Explanation:
         )
 
 
-def check_target(target: int | Tensor | None, logits: Logits) -> Int[Tensor, " batch"]:
+def check_target(target: object, logits: Logits) -> Int[Tensor, " batch"]:
     """The class to explain for each image: given, or predicted.
 
     Raises:
@@ -114,11 +114,10 @@ def check_target(target: int | Tensor | None, logits: Logits) -> Int[Tensor, " b
     batch, num_classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    if isinstance(target, bool) or (
-        isinstance(target, Tensor) and (target.is_floating_point() or target.dtype == torch.bool)
-    ):
+    classes = torch.as_tensor(target, device=logits.device)
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise TargetError(f"target is {target!r}; expected class indices, an int or int64 [B].")
-    classes = torch.as_tensor(target, device=logits.device).long()
+    classes = classes.long()
     if classes.ndim == 0:
         classes = classes.expand(batch)
     if classes.shape != (batch,):

@@ -25,6 +25,10 @@ def check_images(images: Tensor, channels: int, like: Tensor) -> None:
             f"images are {images.dtype}; expected floating point, normalised as the model was "
             "trained. Divide by 255 and apply the mean and standard deviation of the model."
         )
+    if images.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise ImageTypeError(
+            f"images are {images.dtype}, the model is {like.dtype}; use images.to({like.dtype})."
+        )
     if images.ndim != 4 or images.shape[0] == 0:
         hint = " Add the batch axis with images[None]." if images.ndim == 3 else ""
         raise ImageError(

@@ -46,6 +46,11 @@ def plot_explanation(
             f"images have shape {tuple(images.shape)}; expected the {expected[0]} images of "
             f"{expected[1]} x {expected[2]} pixels that were explained."
         )
+    if class_names is not None and len(class_names) != explanation.logits.shape[1]:
+        raise PlotError(
+            f"class_names has {len(class_names)} names; expected one for each of the "
+            f"{explanation.logits.shape[1]} classes."
+        )
     rows = min(len(images), max(1, max_images))
     pixels = true_colors(images[:rows].detach().float().cpu(), normalization)
     maps = explanation.heatmap()[:rows].detach().float().cpu()

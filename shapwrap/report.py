@@ -108,8 +108,6 @@ def note_for(wrapping: Wrapping) -> str:
             "The logits are those of the original model; the patch values sum to them, and only "
             "training with shapley_loss makes them Shapley values."
         )
-    elif not sentences:
-        sentences.append("The logits differ by rounding in half precision.")
     if wrapping.why_not_removal:
         sentences.append(f"Patches are hidden by zeroing pixels: {wrapping.why_not_removal}")
     return " ".join(sentences)

@@ -13,14 +13,18 @@ from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.densify import restore
 from shapwrap.backbones.tokens import TokenBackbone
-from shapwrap.coalitions.checks import are_complement_pairs, check_coalitions
+from shapwrap.coalitions.checks import (
+    are_complement_pairs,
+    check_coalitions,
+    resolve_pairing,
+)
 from shapwrap.coalitions.sampling import Distribution
-from shapwrap.errors import ArgumentError, BackboneTypeError, CoalitionError
+from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.images import check_finite, check_images
-from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
+from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
 from shapwrap.masking.pixels import zero_absent_pixels
-from shapwrap.masking.pooling import present_means
+from shapwrap.masking.pooling import present_means, without_autocast
 from shapwrap.readout.classifier import dropout_mask
 from shapwrap.report import BeforeAfter, Report, count_multiply_adds, count_parameters, note_for
 from shapwrap.values import game
@@ -107,12 +111,22 @@ class ShapleyWrapper(nn.Module):
         self.new_head = head if made is None else made
         self.training = modes[model]
         self._images_of_size = {self._wrapping.image_size: self._wrapping.grid}
-        self._frozen = [p for p in self._wrapping.backbone.unused_parameters() if p.requires_grad]
+        unused = self._wrapping.backbone.unused_parameters()
+        if self.new_head is not None:
+            replaced = [p for m in self._wrapping.backbone.classifiers() for p in m.parameters()]
+            kept = {id(parameter) for parameter in self.new_head.parameters()}
+            unused += [parameter for parameter in replaced if id(parameter) not in kept]
+        self._frozen = [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self._frozen:
             # Nothing reads them any more; DDP would wait for their gradients.
             parameter.requires_grad_(False)
         self._params_before = count_parameters(model)
-        self._class_names = list(class_names) if class_names is not None else None
+        self._class_names = None if class_names is None else list(class_names)
+        if self._class_names is not None and len(self._class_names) != self.num_classes:
+            raise ArgumentError(
+                f"class_names has {len(self._class_names)} names; expected {self.num_classes}, "
+                "one for each class of this model."
+            )
         self._unwrapped = False
 
     # --- the model, as a function -------------------------------------------------------------
@@ -129,7 +143,8 @@ class ShapleyWrapper(nn.Module):
             images: Float [B, C, H, W], normalised as the model was trained.
             coalitions: Bool [B, S, N], True where a patch is present.
             paired: Whether coalition 2i + 1 is the complement of 2i, which halves the work of a
-                token model. None looks; on a CUDA tensor that waits for the device once.
+                token model. None looks; on a CUDA tensor that waits for the device once, and under
+                torch.compile it cannot look and takes them one by one. True is checked on the CPU.
 
         Raises:
             ImageTypeError: Images that are not floating point.
@@ -141,13 +156,13 @@ class ShapleyWrapper(nn.Module):
         features = self._features(images)
         head = self._wrapping.head
         if coalitions is None:
-            with _without_autocast(images):
+            with without_autocast(images):
                 return game.logits_of(head, features, training=self.training)
         check_coalitions(coalitions, images.shape[0], features.shape[1])
-        paired = _resolve_pairing(coalitions, paired)
+        paired = resolve_pairing(coalitions, paired)
         coalitions = coalitions.to(images.device, non_blocking=True)
         means = self._masked_means(images, coalitions, paired)
-        with _without_autocast(images):
+        with without_autocast(images):
             pooled = head.readout.pooled(game.full_precision(features).mean(dim=1))
             channels = dropout_mask(pooled, head.dropout, training=self.training)
             logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
@@ -169,7 +184,7 @@ class ShapleyWrapper(nn.Module):
         """
         self._check(images, finite=True)
         features = self._features(images)
-        with _without_autocast(images):
+        with without_autocast(images):
             return game.patch_values(self._wrapping.head, features)
 
     def value(
@@ -203,7 +218,7 @@ class ShapleyWrapper(nn.Module):
         parts = []
         for part in coalitions.to(images.device).split(step, dim=1):
             means = self._masked_means(images, part, paired)
-            with _without_autocast(images):
+            with without_autocast(images):
                 parts.append(game.values_of(self._wrapping.head, means, part, None))
         return torch.cat(parts, dim=1)
 
@@ -232,7 +247,7 @@ class ShapleyWrapper(nn.Module):
         head = self._wrapping.head
         with evaluation_mode(self.modules()):
             features = self._features(images)
-            with _without_autocast(images):
+            with without_autocast(images):
                 scores = head.readout.patch_scores(game.full_precision(features))
                 logits = head.classifier(scores.mean(dim=1))
                 classes = check_target(target, logits)
@@ -326,10 +341,9 @@ class ShapleyWrapper(nn.Module):
     @property
     def class_names(self) -> list[str] | None:
         """Names of the K classes, given or told by the model."""
-        names = self._class_names
-        if names is None and self.new_head is None:
-            names = self._wrapping.backbone.class_names()
-        return names if names is not None and len(names) == self.num_classes else None
+        if self._class_names is not None or self.new_head is not None:
+            return self._class_names
+        return self._wrapping.backbone.class_names()
 
     @property
     def normalization(self) -> Normalization | None:
@@ -403,7 +417,7 @@ class ShapleyWrapper(nn.Module):
             return backbone.present_means(images, coalitions, paired=paired)
         masked = zero_absent_pixels(images, coalitions, self._grid_of(images))
         # Masked images neither enter the batch statistics nor are measured by those of a batch.
-        with evaluation_mode(batch_norms(self.model)):
+        with clean_statistics(self.model):
             features = self._features(masked)
         flat = coalitions.flatten(0, 1)[:, None]
         return present_means(features, flat).unflatten(0, coalitions.shape[:2])[:, :, 0]
@@ -430,17 +444,3 @@ class ShapleyWrapper(nn.Module):
                 "this wrapper was unwrapped and its model is as it was before; wrap it again with "
                 "ShapleyWrapper(model)."
             )
-
-
-def _without_autocast(images: Tensor) -> torch.autocast:
-    """Pooling, head and differences stay out of autocast: they are differences of large sums."""
-    return torch.autocast(device_type=images.device.type, enabled=False)
-
-
-def _resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
-    if paired and coalitions.shape[1] % 2:
-        raise CoalitionError(
-            f"paired=True with {coalitions.shape[1]} coalitions an image; pairs need an even "
-            "number. Leave paired=None to have it looked up."
-        )
-    return are_complement_pairs(coalitions) if paired is None else paired

@@ -1,6 +1,5 @@
 """What happens once, when a model is wrapped: parts are found, and claims are proved by numbers."""
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +13,17 @@ from shapwrap._types import Grid, Images
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.densify import StrideChange, densify
 from shapwrap.backbones.registry import candidates
-from shapwrap.backbones.removal_test import check_removal
+from shapwrap.backbones.removal_test import check_removal, check_replay
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import (
     ArgumentError,
     ImageError,
     MaskingError,
+    ReadoutError,
     ShapwrapError,
     UnsupportedBackboneError,
 )
 from shapwrap.masking.batch_norm import evaluation_mode
-from shapwrap.masking.pooling import compute_dtype
 from shapwrap.readout.head import Head, new_head
 from shapwrap.values.game import logits_of
 
@@ -48,6 +47,23 @@ class Wrapping:
     registers_dropped: bool = False
     stride_changes: list[StrideChange] = field(default_factory=list)
     why_not_removal: str = ""
+
+
+@contextmanager
+def in_full_precision(*modules: nn.Module) -> Iterator[None]:
+    """Half-precision weights are float32 inside, where rounding cannot hide a wrong claim.
+
+    Going from half precision to float32 and back loses nothing; objects and gradients stay.
+    """
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
 
 
 @contextmanager
@@ -79,18 +95,27 @@ def wrap(
         )
     if head is not None and num_classes is not None:
         raise ArgumentError("head and num_classes were both given; expected one of them.")
-    with undisturbed(model), evaluation_mode(head.modules() if head is not None else ()):
+    _check_statistics(model)
+    weights = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    dtype = weights.dtype
+    given = [model] if head is None else [model, head]
+    with (
+        undisturbed(model),
+        evaluation_mode(head.modules() if head is not None else ()),
+        in_full_precision(*given),
+    ):
         backbone, images, why_not = _choose_backbone(model, masking, prefix_tokens, image_size)
         reads_patches = not backbone.ignores_patches(images)
         feature_map = backbone.features(images)
-        like = feature_map.features.to(compute_dtype(feature_map.features)).mean(dim=1)
+        like = feature_map.features.mean(dim=1)
         if num_classes is not None:
-            width = backbone.pre_logits(like.to(images.dtype)).shape[1]
-            head = new_head(backbone, width, num_classes)
-        parts = Head(backbone, head, like, readout)
+            head = new_head(backbone, backbone.pre_logits(like).shape[1], num_classes)
+        parts = _make_head(backbone, head, like, readout)
         hidden, output = backbone.original(images)
-        hidden = parts.pre_logits.after_model(hidden)
-        original = output if head is None else parts.classifier(hidden)
+        if head is not None:
+            hidden = parts.pre_logits.after_model(hidden)
+            output = parts.classifier(hidden)
+        original = output
         if reads_patches:
             complete = _original_features(backbone, images)
             pooled = parts.readout.pooled(complete.mean(dim=1))
@@ -118,7 +143,36 @@ def wrap(
             stride_changes=changes,
             why_not_removal=why_not,
         )
-    return wrapping, head if num_classes is not None else None
+    if head is None or num_classes is None:
+        return wrapping, None
+    return wrapping, head.to(dtype)
+
+
+def _make_head(backbone: Backbone, head: nn.Module | None, like: Tensor, readout: str) -> Head:
+    try:
+        parts = Head(backbone, head, like, readout)
+        parts.classifier(parts.readout.pooled(like))
+        return parts
+    except RuntimeError as error:
+        if head is None or isinstance(error, ShapwrapError):
+            raise
+        width = backbone.pre_logits(like).shape[1]
+        raise ReadoutError(
+            f"head does not take the {width} features that the classifier of "
+            f"{type(backbone.model).__name__} reads ({error}); expected nn.Linear({width}, "
+            "classes), or nn.Sequential that begins with such a layer."
+        ) from error
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """Without running statistics, one image's logits depend on the rest of its batch."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise UnsupportedBackboneError(
+                f"{name} of {type(model).__name__} is batch normalisation without running "
+                "statistics: the value of a coalition would depend on the other images of its "
+                "batch. Build it with track_running_stats=True."
+            )
 
 
 def _choose_backbone(
@@ -134,7 +188,7 @@ def _choose_backbone(
         try:
             reads_patches = not backbone.ignores_patches(images)
             backbone.choose_prefix(prefix_tokens, head_reads_patches=reads_patches)
-            check_removal(_in_full_precision(backbone), images.to(compute_dtype(images)))
+            check_removal(backbone, images)
             return backbone, images, ""
         except MaskingError as error:
             if masking == "token-removal":
@@ -146,10 +200,12 @@ def _choose_backbone(
                 raise
             why_not = f"its parts cannot be run on their own ({type(error).__name__}: {error})"
     else:
-        backbone, images = (
-            found[-1],
-            random_images(found[-1], image_size or found[-1].image_size(), batch=2),
-        )
+        # No other adapter fits: pixels can still be zeroed, if the parts are the whole model.
+        backbone = found[-1]
+        images = random_images(backbone, image_size or backbone.image_size(), batch=2)
+        check_image_size(backbone, images)
+        if isinstance(backbone, TokenBackbone):
+            check_replay(backbone, images)
     if masking == "token-removal":
         raise MaskingError(
             f"masking='token-removal' was asked for, but {type(model).__name__} "
@@ -172,6 +228,12 @@ def check_image_size(backbone: Backbone, images: Images) -> Grid:
         if isinstance(error, ShapwrapError):
             raise
         height, width = backbone.image_size()
+        if tuple(images.shape[-2:]) == (height, width):
+            raise UnsupportedBackboneError(
+                f"the parts of {type(backbone.model).__name__} ({backbone.family}) cannot be run "
+                f"on images of its own size, {height} x {width} ({type(error).__name__}: {error}); "
+                "its forward pass does more than these parts in their order."
+            ) from error
         raise ImageError(
             f"{type(backbone.model).__name__} refuses images of {images.shape[-2]} x "
             f"{images.shape[-1]} pixels ({error}); it was built for {height} x {width}. "
@@ -186,39 +248,28 @@ def random_images(backbone: Backbone, size: tuple[int, int], batch: int) -> Imag
     return images.to(backbone.parameter)
 
 
-def _in_full_precision(backbone: TokenBackbone) -> TokenBackbone:
-    """The same backbone in float32, where rounding cannot hide a wrong permutation."""
-    if backbone.parameter.dtype in (torch.float32, torch.float64):
-        return backbone
-    precise = type(backbone)(copy.deepcopy(backbone.model).float())
-    precise.prefix_tokens = backbone.prefix_tokens
-    return precise
-
-
 def _difference(head: Head, backbone: Backbone, images: Images, original: Tensor) -> float:
     logits = logits_of(head, backbone.features(images).features, training=False)
     return float((logits - original).abs().max())
 
 
 def _original_features(backbone: Backbone, images: Images) -> Tensor:
-    """Patch features as the model itself computes them, in the precision of the game."""
+    """Patch features as the model itself computes them."""
     if isinstance(backbone, TokenBackbone):
         num_patches = backbone.embed(images).patches.shape[1]
-        features = backbone.original_tokens(images)[:, -num_patches:]
-    else:
-        features = backbone.features(images).features
-    return features.to(compute_dtype(features))
+        return backbone.original_tokens(images)[:, -num_patches:]
+    return backbone.features(images).features
 
 
 def _check_pooling(backbone: Backbone, what: str, original: Tensor, replayed: Tensor) -> None:
     """A head that reads patches must read their mean, or no patch value would be honest."""
-    tolerance = 1e-3 if original.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 1e-3
     same_shape = original.shape == replayed.shape
     error = float((original - replayed).abs().max()) if same_shape else float("inf")
     if not error <= tolerance * float(original.abs().max()):
         raise UnsupportedBackboneError(
-            f"{type(backbone.model).__name__} ({backbone.family}) pools its patches in another "
-            f"way than by their mean: reading the mean changes {what} by {error:.2g}. "
-            "Build the model with average pooling (timm: global_pool='avg'), or, for a token "
-            "model, with a class token."
+            f"{type(backbone.model).__name__} ({backbone.family}) does not read the mean of its "
+            f"patches, or does more than its parts in their order: running the parts and reading "
+            f"the mean changes {what} by {error:.2g}. Build the model with average pooling "
+            "(timm: global_pool='avg'), or, for a token model, with a class token."
         )

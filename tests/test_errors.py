@@ -140,7 +140,7 @@ WRAPPING = [
         lambda: ShapleyWrapper(timm.create_model("test_vit3")),
         UnsupportedBackboneError,
         ValueError,
-        "another way than by their mean",
+        "does not read the mean of its patches",
     ),
     (
         "an unknown module",
@@ -228,6 +228,42 @@ def test_coalitions(case, coalitions, error, words):
         assert words in str(caught.value)
 
 
+def test_other_arguments(case):
+    model = timm.create_model("test_vit", num_classes=3, global_pool="avg")
+    with pytest.raises(ReadoutError, match=r"expected nn.Linear\(64, classes\)"):
+        ShapleyWrapper(model, head=nn.Linear(7, 3))
+    with pytest.raises(ArgumentError, match="class_names has 2 names; expected 3"):
+        ShapleyWrapper(model, class_names=["a", "b"])
+    for bad in ("5", 5.0):
+        with pytest.raises(ArgumentError, match="expected an int"):
+            ShapleyWrapper(model, num_classes=bad)
+    with pytest.raises(ImageTypeError, match=r"torch\.float64, the model is torch\.float32"):
+        case.wrapped(case.images.double())
+    same = torch.ones(2, 2, 4, dtype=torch.bool)
+    with pytest.raises(CoalitionError, match="not the complement"):
+        case.wrapped(case.images, same, paired=True)
+    explanation = case.wrapped.explain(case.images)
+    with pytest.raises(ArgumentError, match="size is 5"):
+        explanation.heatmap(5)
+    with pytest.raises(PlotError, match="class_names has 1 names"):
+        explanation.plot(case.images, normalization=((0.5,) * 3, (0.2,) * 3), class_names=["a"])
+
+
+def test_batch_norm_without_statistics():
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.bn1 = nn.BatchNorm2d(model.bn1.num_features, track_running_stats=False)
+    with pytest.raises(UnsupportedBackboneError, match="bn1 of ResNet"):
+        ShapleyWrapper(model)
+
+
+def test_a_forward_pass_that_does_more_than_its_parts():
+    import torchvision
+
+    model = torchvision.models.googlenet(init_weights=False, num_classes=3)
+    with pytest.raises(UnsupportedBackboneError, match="does more than these parts"):
+        ShapleyWrapper(model)
+
+
 def test_odd_number_of_pairs(case):
     with pytest.raises(CoalitionError, match="paired=True with 3"):
         case.wrapped(case.images, torch.ones(2, 3, 4, dtype=torch.bool), paired=True)
@@ -247,6 +283,8 @@ def test_odd_number_of_pairs(case):
         (torch.tensor([0, 9]), "classes 0 to 4"),
         (torch.tensor([0, 1, 2]), "2 images"),
         (torch.tensor([0.0, 1.0]), "class indices"),
+        (2.9, "class indices"),
+        ([1.5, 0.2], "class indices"),
         (True, "class indices"),
     ],
 )

@@ -122,8 +122,80 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000006", "step-00000008"]
     monkeypatch.setattr(Accelerator, "save_state", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
-        _trainer(tmp_path, max_steps=10, checkpoint_every=1).fit()
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000006", "step-00000008"]
+        _trainer(tmp_path / "other", max_steps=10, checkpoint_every=1).fit()
+    assert checkpoint.checkpoints(tmp_path / "other") == []
+
+
+def test_a_run_does_not_mix_with_another(tmp_path):
+    _trainer(tmp_path, max_steps=2).fit()
+    with pytest.raises(TrainingError, match="earlier run, the newest step-00000002"):
+        _trainer(tmp_path, max_steps=2).fit()
+    with pytest.raises(TrainingError, match="schedules of a run cannot change"):
+        _trainer(tmp_path, max_steps=4).fit(resume=True)
+    trainer = _trainer(None, max_steps=2)
+    trainer.fit()
+    with pytest.raises(TrainingError, match="this Trainer has trained"):
+        trainer.fit()
+
+
+def test_resuming_a_loader_with_generators_of_its_own(tmp_path, monkeypatch):
+    def trainer(folder):
+        generator = torch.Generator().manual_seed(5)
+        data = DataLoader(Augmented(), batch_size=4, shuffle=True, generator=generator)
+        return _trainer(folder, data=data, max_steps=13, checkpoint_every=4)
+
+    whole = trainer(tmp_path / "whole")
+    expected = whole.fit()
+    with monkeypatch.context() as patch:
+        _kill_at(patch, 10)
+        with pytest.raises(Killed):
+            trainer(tmp_path / "parts").fit()
+    parts = trainer(tmp_path / "parts")
+    assert parts.fit(resume=True) == expected
+    for name, tensor in whole.wrapped.state_dict().items():
+        assert torch.equal(tensor, parts.wrapped.state_dict()[name]), name
+
+
+def _gradient_norms(batches, accumulation, monkeypatch):
+    norms = []
+    original = Accelerator.clip_grad_norm_
+
+    def record(self, *arguments):
+        norms.append(float(original(self, *arguments)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "clip_grad_norm_", record)
+        _trainer(
+            None,
+            _wrapped(0.0),
+            batches,
+            epochs=1,
+            accumulation=accumulation,
+            learning_rate=0.0,
+            shapley_weight=0.0,
+            masked_cross_entropy=0.0,
+            gradient_clip=1e9,
+        ).fit()
+    return norms
+
+
+def test_accumulated_gradients_are_means(monkeypatch):
+    images, labels = Augmented(12).images, torch.arange(12) % NUM_CLASSES
+    parts = [(images[i : i + 4], labels[i : i + 4]) for i in (0, 4, 8)]
+    expected = [
+        *_gradient_norms([(images[:8], labels[:8])], 1, monkeypatch),
+        *_gradient_norms([parts[2]], 1, monkeypatch),
+    ]
+    assert _gradient_norms(parts, 2, monkeypatch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_validation_image_counts_during_training():
+    images, labels = Augmented(16).images, torch.arange(16) % NUM_CLASSES
+    data = DataLoader(Augmented(10), batch_size=4)
+    config = TrainerConfig(epochs=2, progress=False)
+    validation = [(images[:8], labels[:8]), (images[8:], labels[8:])]
+    history = Trainer(_wrapped(), data, validation, config=config).fit()
+    assert [r["images"] for r in history if r["kind"] == "validation"] == [16, 16]
 
 
 def test_history_has_what_is_needed(tmp_path):
@@ -279,15 +351,20 @@ def test_batch_norm(frozen):
     assert case.wrapped.model.bn1.training, "mode must be as it was"
 
 
-def test_another_precision_needs_another_process():
-    _trainer(None)
-    with pytest.raises(TrainingError, match="one precision a process"):
-        _trainer(None, precision="bf16")
-
-
-def test_bf16():
-    history = _trainer(None, epochs=1, precision="bf16").fit()
+def test_precisions_and_what_they_leave_behind():
+    _trainer(None, epochs=1).fit()
+    trainer = _trainer(None, epochs=1, precision="bf16")
+    history = trainer.fit()
     assert math.isfinite(history[-1]["skill"])
+    wrapped, images = trainer.wrapped.eval(), Augmented().images
+    assert "forward" not in wrapped.__dict__
+    with torch.no_grad():
+        torch.testing.assert_close(
+            wrapped.attribute(images).sum(1), wrapped(images), atol=1e-5, rtol=1e-5
+        )
+    if not torch.cuda.is_available():
+        with pytest.raises(TrainingError, match="fp16 needs a GPU"):
+            _trainer(None, precision="fp16")
 
 
 def _bad_images(value):
@@ -308,7 +385,7 @@ def _bad_images(value):
         (lambda: Trainer(_wrapped(), [1], config=TrainerConfig()).evaluate(), "no validation data"),
         (
             lambda: _trainer(None, data=iter([]), steps_per_epoch=3).fit(),
-            "no batch",
+            "has 0 batches, expected 3",
         ),
     ],
 )
@@ -326,6 +403,9 @@ def test_other_refusals(tmp_path):
         {"shapley_weight": -1},
         {"warmup": 2},
         {"max_steps": 0},
+        {"precision": "fp8"},
+        {"distribution": "kernel"},
+        {"gradient_clip": -1.0},
     ):
         with pytest.raises(ArgumentError, match=next(iter(bad))):
             TrainerConfig(**bad)

@@ -162,6 +162,56 @@ def test_every_trainable_parameter_gets_a_finite_gradient(kind):
             assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("name", ["test_vit2", "test_convnext", "test_resnet"])
+def test_a_replaced_classifier_leaves_nothing_unused(name):
+    wrapped = ShapleyWrapper(timm.create_model(name), num_classes=3)
+    images = torch.randn(2, 3, 160, 160)
+    output = wrapped(images, sample_coalitions(2, wrapped.num_patches))
+    (output.logits.sum() + shapley_loss(output)).backward()
+    unused = [n for n, p in wrapped.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    assert all(parameter.requires_grad for parameter in wrapped.unwrap().parameters())
+
+
+def test_gradient_checkpointing_beside_batch_norm():
+    model = timm.create_model("test_resnet", num_classes=3).train()
+    wrapped = ShapleyWrapper(model)
+    images = torch.randn(2, 3, 160, 160)
+    coalitions = sample_coalitions(2, 25, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for recompute in (False, True):
+        wrapped.set_grad_checkpointing(recompute)
+        wrapped.zero_grad()
+        shapley_loss(wrapped(images, coalitions)).backward()
+        gradients.append(model.layer1[0].conv1.weight.grad.clone())
+        assert model.grad_checkpointing == recompute
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_non_square_patches():
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=(32, 64), patch_size=(8, 16), embed_dim=24, depth=1, num_heads=2, num_classes=3
+    )
+    wrapped = ShapleyWrapper(model)
+    assert wrapped.grid == (4, 4)
+    assert wrapped.report().masking == "token-removal"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["test_vit2", "test_convnext", "mobilenetv3_small_050"])
+def test_half_precision_changes_no_choice(name, dtype):
+    model = timm.create_model(name, num_classes=3).eval()
+    expected = ShapleyWrapper(model).report()
+    model = ShapleyWrapper(model).unwrap().to(dtype)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    found = ShapleyWrapper(model).report()
+    assert (found.masking, found.readout) == (expected.masking, expected.readout)
+    assert found.max_logit_difference < 1e-4
+    for key, tensor in model.state_dict().items():
+        assert tensor.dtype == state[key].dtype
+        assert torch.equal(tensor, state[key])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["vit-average", "eva-average", "convnext", "own-nonlinear-head"])
 def test_half_precision_models_have_float32_values(kind, dtype):

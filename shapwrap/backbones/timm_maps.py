@@ -85,7 +85,19 @@ class TimmMaps(TimmFamily):
 
     def _token_grid(self, images: Images, num_patches: int) -> Grid:
         height, width = images.shape[-2:]
-        # The patches of an image have its aspect ratio on the grid, up to rounding.
-        candidates = [h for h in range(1, num_patches + 1) if num_patches % h == 0]
-        rows = min(candidates, key=lambda h: abs(h / (num_patches // h) - height / width))
-        return rows, num_patches // rows
+        embedding = getattr(self.model, "patch_embed", None)
+        stated = getattr(embedding, "dynamic_feat_size", None)
+        if callable(stated):
+            rows, columns = stated((height, width))  # pyright: ignore[reportGeneralTypeIssues]
+            if rows * columns == num_patches:
+                return rows, columns
+        # Later stages halve both sides, so their grid has the aspect ratio of the image.
+        for rows in range(1, num_patches + 1):
+            columns = num_patches // rows
+            if rows * columns == num_patches and rows * width == columns * height:
+                return rows, columns
+        raise UnsupportedBackboneError(
+            f"{type(self.model).__name__} makes {num_patches} patches of {height} x {width} pixels "
+            "and does not say how many rows; expected a patch_embed with dynamic_feat_size, or "
+            "patches that form a grid of the image's aspect ratio."
+        )

@@ -40,3 +40,27 @@ def are_complement_pairs(coalitions: Tensor) -> bool:
     if coalitions.shape[1] % 2:
         return False
     return torch.equal(coalitions[:, 0::2], ~coalitions[:, 1::2])
+
+
+def resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
+    """Whether the coalitions are complement pairs: as said, or looked up.
+
+    Raises:
+        CoalitionError: Said to be pairs, and seen not to be.
+    """
+    if paired and coalitions.shape[1] % 2:
+        raise CoalitionError(
+            f"paired=True with {coalitions.shape[1]} coalitions an image; pairs need an even "
+            "number. Leave paired=None to have it looked up."
+        )
+    if torch.compiler.is_compiling():
+        # Looking would break the graph; single passes are right for any coalitions.
+        return bool(paired)
+    looked_at = paired is None or (paired and coalitions.device.type == "cpu")
+    are_pairs = are_complement_pairs(coalitions) if looked_at else bool(paired)
+    if paired and not are_pairs:
+        raise CoalitionError(
+            "paired=True, but coalition 2i + 1 is not the complement of coalition 2i; draw them "
+            "with sample_coalitions(..., paired=True), or leave paired=None."
+        )
+    return are_pairs

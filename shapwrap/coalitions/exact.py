@@ -42,12 +42,7 @@ def exact_shapley_values(
     References:
         Shapley 1953; Fan, Yang & Ma 2026, Eq. 2.
     """
-    num_patches = values.shape[0].bit_length() - 1
-    if values.shape[0] != 2**num_patches:
-        raise ArgumentError(
-            f"values have {values.shape[0]} rows; expected 2^N, one for each coalition in the "
-            "order of all_coalitions(N)."
-        )
+    num_patches = _num_players(values)
     coalitions = all_coalitions(num_patches).to(values.device)
     sizes = coalitions.sum(1)
     weight_by_size = torch.tensor(
@@ -81,7 +76,7 @@ def kernel_regression(
     References:
         Lundberg & Lee 2017; Fan, Yang & Ma 2026, Eq. 3 and 4.
     """
-    num_patches = values.shape[0].bit_length() - 1
+    num_patches = _num_players(values)
     coalitions = all_coalitions(num_patches).to(values.device)
     sizes = coalitions.sum(1)
     counts = torch.tensor([math.comb(num_patches, k) for k in range(num_patches + 1)])
@@ -95,3 +90,13 @@ def kernel_regression(
     direction = torch.linalg.solve(quadratic, ones)
     excess = (ones.T @ free - gains[-1:]) / (ones.T @ direction)
     return (free - direction @ excess).view(num_patches, *values.shape[1:])
+
+
+def _num_players(values: Tensor) -> int:
+    num_patches = values.shape[0].bit_length() - 1
+    if values.shape[0] != 2**num_patches:
+        raise ArgumentError(
+            f"values have {values.shape[0]} rows; expected 2^N, one for each coalition in the "
+            "order of all_coalitions(N)."
+        )
+    return num_patches

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,34 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+
+
+@contextmanager
+def without_recomputation(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing is off inside.
+
+    It runs layers again during the backward pass, when a mode that was switched for the forward
+    pass alone is already back.
+    """
+    recomputing: list[Any] = [m for m in model.modules() if getattr(m, "grad_checkpointing", False)]
+    for module in recomputing:
+        module.grad_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in recomputing:
+            module.grad_checkpointing = True
+
+
+@contextmanager
+def clean_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation uses its running statistics inside, and does not move them."""
+    layers = [layer for layer in batch_norms(model) if layer.training]
+    if not layers:
+        yield
+        return
+    with evaluation_mode(layers), without_recomputation(model):
+        yield
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -23,3 +23,8 @@ def present_means(
     weights = coalitions.to(features.dtype)
     sums = torch.einsum("bsn,bnd->bsd", weights, features)
     return sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def without_autocast(images: Tensor) -> torch.autocast:
+    """Pooling, head and differences stay out of autocast: they are differences of large sums."""
+    return torch.autocast(device_type=images.device.type, enabled=False)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError
@@ -91,6 +91,15 @@ class TrainerConfig:
         for name in ("shapley_weight", "masked_cross_entropy", "weight_decay", "learning_rate"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        for name, kind in (("precision", Precision), ("distribution", Distribution)):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}."
+                )
+        if self.gradient_clip is not None and self.gradient_clip <= 0:
+            raise ArgumentError(
+                f"gradient_clip is {self.gradient_clip}; expected more than 0, or None."
+            )
         for name in ("shapley_ramp", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 to 1.")

@@ -1,6 +1,7 @@
 """The record of a run: one JSON object a line, readable while the run goes on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ class History:
             self._path.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
     def add(self, **record: Any) -> None:
-        """Append one record."""
+        """Append one record; a number that is not finite becomes null, which JSON can hold."""
+        record = {name: _plain(value) for name, value in record.items()}
         self.records.append(record)
         if self._path:
             with self._path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,6 +20,8 @@ def parameter_groups(wrapped: ShapleyWrapper, config: TrainerConfig) -> list[dic
     excluded: Any = getattr(wrapped.model, "no_weight_decay", None)
     listed: Any = excluded() if callable(excluded) else ()
     names = {f"model.{name}" for name in listed}
+    # Tokens and positions, [1, T, D], are no weights, whether or not the model lists them.
+    names |= {n for n, p in wrapped.named_parameters() if p.ndim == 3 and p.shape[0] == 1}
     head = {id(parameter) for parameter in wrapped.head_parameters()}
     groups: list[dict[str, Any]] = []
     decay_groups: Any = param_groups_weight_decay(

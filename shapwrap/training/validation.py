@@ -1,6 +1,8 @@
 """Accuracy and skill on validation data, the same coalitions each time."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,9 +18,23 @@ from shapwrap.training.config import TrainerConfig
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, batches: Iterable[Any], accelerator: Accelerator, config: TrainerConfig
+    model: nn.Module,
+    batches: Iterable[Any],
+    accelerator: Accelerator,
+    config: TrainerConfig,
+    *,
+    split: bool,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
     """Accuracy, skill and residual over all images, in eval mode.
+
+    Args:
+        model: The wrapped model, as accelerate prepared it.
+        batches: Images and labels, where the model lies.
+        accelerator: Gathers what processes find.
+        config: Coalitions and seed.
+        split: Whether accelerate split the batches among processes.
+        autocast: The precision of the encoder.
 
     Skill is 1 - E(v(s) - s . phi)^2 / E(v(s) - (|s| / N) v(1))^2 over fresh Shapley-kernel pairs.
 
@@ -37,17 +53,20 @@ def validate(
                 distribution=config.distribution,
                 generator=generator,
             ).to(images.device)
-            output = model(images, coalitions, paired=True)
+            with autocast():
+                output = model(images, coalitions, paired=True)
             correct = (output.logits.argmax(dim=1) == targets).to(output.logits.dtype)
             row = torch.stack((correct, *residuals(output, coalitions)), dim=1)
-            gathered: Any = accelerator.gather_for_metrics(row)
+            # The last batch of a split loader is filled up with images seen before; only the
+            # loader knows, and only where accelerate prepared it.
+            gathered: Any = accelerator.gather_for_metrics(row) if split else row
             rows.append(gathered.double().cpu())
     if not rows:
         raise TrainingError("the validation data has no batch; expected (images, labels) pairs.")
     accuracy, residual, trivial = torch.cat(rows).mean(dim=0).tolist()
     return {
         "accuracy": accuracy,
-        "skill": 1 - residual / trivial if trivial > 0 else 0.0,
+        "skill": 1 - residual / trivial if trivial > 0 else math.nan,
         "residual": residual,
         "trivial_residual": trivial,
         "images": float(sum(len(row) for row in rows)),

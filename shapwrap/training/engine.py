@@ -1,0 +1,106 @@
+"""What is asked of accelerate: processes, devices, gradient scaling, the split of data."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import DataLoader
+
+from shapwrap.errors import TrainingError
+from shapwrap.training.config import TrainerConfig
+from shapwrap.training.position import loader_generators
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def make_accelerator(config: TrainerConfig) -> Accelerator:
+    """An accelerator for this configuration.
+
+    Raises:
+        TrainingError: fp16 without a GPU, or beside another precision in the same process.
+    """
+    try:
+        return Accelerator(
+            # Without a word about the CPU, several processes would each train alone.
+            cpu=not torch.accelerator.is_available(),
+            # bf16 needs autocast alone, which is ours; fp16 needs accelerate's gradient scaler.
+            mixed_precision="fp16" if config.precision == "fp16" else "no",
+            step_scheduler_with_optimizer=False,
+            # A seed of the sampler's own would shuffle apart from the data's random stream.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+    except ValueError as error:
+        raise TrainingError(
+            f"precision={config.precision!r} cannot be set up: {error} fp16 needs a GPU and a "
+            "process in which nothing else trains; use bf16."
+        ) from error
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model on its device, in DDP where there are several processes.
+
+    accelerate replaces `forward` by one under autocast, which would outlive the Trainer; the
+    Trainer enters autocast around its own calls instead.
+    """
+    prepared: Any = accelerator.prepare_model(model)
+    for name in ("forward", "_original_forward"):
+        model.__dict__.pop(name, None)
+    return prepared
+
+
+def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> Iterable[Any]:
+    """The data, split among processes where it is a DataLoader.
+
+    Raises:
+        TrainingError: Not iterable, or no DataLoader among several processes.
+    """
+    if isinstance(data, DataLoader):
+        own = {id(generator) for generator in loader_generators(data)}
+        prepared = accelerator.prepare_data_loader(data)
+        for generator in loader_generators(prepared):
+            if id(generator) not in own:
+                # Made by accelerate, from whatever the global state was.
+                generator.manual_seed(seed)
+        return prepared
+    if not isinstance(data, Iterable):
+        raise TrainingError(
+            f"the data is {type(data).__name__}; expected an iterable of (images, labels)."
+        )
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"the data is {type(data).__name__}; with {accelerator.num_processes} processes only "
+            "a torch DataLoader can be split among them."
+        )
+    return data
+
+
+def autocast(accelerator: Accelerator, config: TrainerConfig) -> AbstractContextManager[Any]:
+    """The precision of the encoder."""
+    half = HALF.get(config.precision)
+    if half is None:
+        return accelerator.autocast()
+    return torch.autocast(accelerator.device.type, dtype=half)
+
+
+def batches_per_epoch(data: Iterable[Any], config: TrainerConfig) -> int:
+    """Batches of one process in one epoch.
+
+    Raises:
+        TrainingError: Unknown, or none.
+    """
+    if config.steps_per_epoch is not None:
+        return config.steps_per_epoch
+    try:
+        length = len(data)  # pyright: ignore[reportArgumentType]
+    except TypeError as error:
+        raise TrainingError(
+            f"the training data ({type(data).__name__}) has no length, which the schedules need; "
+            "set TrainerConfig(steps_per_epoch=...)."
+        ) from error
+    if length == 0:
+        raise TrainingError("the training data is empty; expected (images, labels) pairs.")
+    return length
