@@ -2,9 +2,9 @@
 
     python examples/finetune_imagenette.py --data ../shared/data --weights ../shared/weights
 
-Prints and writes accuracy, skill, time a step and figures. The defaults are for a CPU: a subset
-of the images at 112 pixels. On a GPU: --train-images 9469
---val-images 3925 --size 224 --epochs 8 --batch-size 128 --shapley-weights 100 30 --precision bf16.
+Writes accuracy, skill, time a step and figures. The defaults are a CPU's: few images, 112 pixels.
+On a GPU: --train-images 9469 --val-images 3925 --size 224 --epochs 8 --batch-size 128
+--shapley-weights 100 30 --precision bf16.
 """
 
 import argparse
@@ -30,9 +30,8 @@ def make_model(name: str, size: int, weights: Path) -> ShapleyWrapper:
     names = ["tench", "springer", "cassette player", "chain saw", "church", "French horn"]
     names += ["garbage truck", "gas pump", "golf ball", "parachute"]
     if name == "efficientnet_lite0":
-        model, square = efficientnet_lite0(num_classes=10), (size, size)
-        grid = (size // 16, size // 16)
-        return ShapleyWrapper(model, grid=grid, image_size=square, class_names=names)
+        sizes = {"grid": (size // 16, size // 16), "image_size": (size, size)}
+        return ShapleyWrapper(efficientnet_lite0(num_classes=10), class_names=names, **sizes)
     overlay = {"file": str(weights / VIT_WEIGHTS), "custom_load": False}
     model = timm.create_model(
         "vit_small_patch14_dinov2", pretrained=True, img_size=size, pretrained_cfg_overlay=overlay
@@ -70,7 +69,6 @@ def main() -> None:
     settings = (options.models, options.shapley_weights, options.learning_rates)
     for name, weight, rate in zip(*settings, strict=True):
         for run, terms in RUNS.items():
-            torch.manual_seed(options.seed)
             wrapped = make_model(name, options.size, options.weights)
             statistics = wrapped.normalization
             config = TrainerConfig(

@@ -243,8 +243,6 @@ def test_other_arguments(case):
     with pytest.raises(CoalitionError, match="not the complement"):
         case.wrapped(case.images, same, paired=True)
     explanation = case.wrapped.explain(case.images)
-    with pytest.raises(ArgumentError, match="size is 5"):
-        explanation.heatmap(5)
     with pytest.raises(PlotError, match="class_names has 1 names"):
         explanation.plot(case.images, normalization=((0.5,) * 3, (0.2,) * 3), class_names=["a"])
 
