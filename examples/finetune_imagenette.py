@@ -89,8 +89,8 @@ def main() -> None:
             print(name, run, row, flush=True)
             (options.out / "results.json").write_text(json.dumps(table, indent=2) + "\n")
             torch.save(wrapped.state_dict(), options.out / f"{name}-{run}.pt")
-        step = max(1, len(validation.dataset) // 8)
-        images = torch.stack([validation.dataset[i * step + 3][0] for i in range(8)])
+        shown = validation.dataset
+        images = torch.stack([shown[i * len(shown) // 8][0] for i in range(8)])
         explanation = wrapped.explain(images, contrast=True)
         explanation.plot(images).savefig(options.out / f"{name}.png", dpi=80)
 
