@@ -58,13 +58,14 @@ def plot_explanation(
     aspect = explanation.image_size[0] / explanation.image_size[1]
     figure = Figure(figsize=(9.0, 2.9 * aspect * rows + 0.3), layout="constrained")
     grid_of_axes = figure.subplots(rows, 3, squeeze=False)
+    what = "value minus class mean" if explanation.contrast else "value"
     drawn = None
     for row, (image_axes, map_axes, overlay_axes) in enumerate(grid_of_axes):
         colors = {"cmap": COLOR_MAP, "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
         _show(image_axes, pixels[row])
         image_axes.set_title(_title(explanation, row, class_names), fontsize=9)
         drawn = map_axes.imshow(maps[row].numpy(), **colors)
-        map_axes.set_title("value (logits a patch)", fontsize=9)
+        map_axes.set_title(f"{what} (logits a patch)", fontsize=9)
         _show(overlay_axes, pixels[row].mean(dim=0, keepdim=True) * 0.8 + 0.1)
         # Weak values leave the picture visible, strong ones colour it.
         opacity = (maps[row].abs() / limit).sqrt().clamp(0, 1) * 0.75
@@ -111,4 +112,6 @@ def _show(axes: "Axes", pixels: Float[Tensor, "channels height width"]) -> None:
 def _title(explanation: Explanation, row: int, class_names: Sequence[str] | None) -> str:
     target = int(explanation.target[row])
     name = class_names[target] if class_names is not None else f"class {target}"
+    # A longer name would run over its neighbours.
+    name = name if len(name) <= 28 else f"{name[:27]}…"
     return f"{name}: logit {float(explanation.logits[row, target]):.2f}"

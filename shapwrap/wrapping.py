@@ -228,7 +228,7 @@ def check_image_size(backbone: Backbone, images: Images) -> Grid:
         if isinstance(error, ShapwrapError):
             raise
         height, width = backbone.image_size()
-        if tuple(images.shape[-2:]) == (height, width):
+        if tuple(images.shape[-2:]) == (height, width) and _runs(backbone.model, images):
             raise UnsupportedBackboneError(
                 f"the parts of {type(backbone.model).__name__} ({backbone.family}) cannot be run "
                 f"on images of its own size, {height} x {width} ({type(error).__name__}: {error}); "
@@ -239,6 +239,14 @@ def check_image_size(backbone: Backbone, images: Images) -> Grid:
             f"{images.shape[-1]} pixels ({error}); it was built for {height} x {width}. "
             "Resize the images, or build the model for this size and wrap it with image_size=."
         ) from error
+
+
+def _runs(model: nn.Module, images: Images) -> bool:
+    try:
+        model(images)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
 
 
 def random_images(backbone: Backbone, size: tuple[int, int], batch: int) -> Images:

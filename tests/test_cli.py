@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from shapwrap.cli import app as application
@@ -72,7 +72,14 @@ def test_train_resume_and_explain(tmp_path):
 
     result = _run("train", *options, "--epochs", "2", "--resume", "--grid", "6x4")
     assert "other settings" in str(result.exception)
+    settings = (out / "shapwrap.json").read_text()
+    result = _run("train", *options, "--epochs", "1")
+    assert "earlier run" in str(result.exception)
+    assert (out / "shapwrap.json").read_text() == settings
+    weights = ("train", *options[:4], "--out", tmp_path / "new", "--weights")
     for arguments, words in (
+        ((*weights, tmp_path / "nothing.pth"), "is no file"),
+        ((*weights, picture, "--pretrained"), "both given"),
         (("explain", "--checkpoint", tmp_path, picture), "no shapwrap.json"),
         (("explain", "--checkpoint", out, out / "history.jsonl"), "cannot be read as an image"),
         (("explain", "--checkpoint", out, picture, "--target", "cow"), "classes: cat, dog"),
@@ -92,10 +99,23 @@ def test_weights_from_a_file(tmp_path):
         *("--weights", tmp_path / "weights.safetensors", "--max-steps", "1"),
         *("--learning-rate", "0"),
     )
-    from safetensors.torch import load_file
-
     stored = load_file(out / "model.safetensors")
     assert torch.equal(stored["model.blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight)
+
+
+def test_torchvision_weights_of_another_number_of_classes(tmp_path):
+    import torchvision
+
+    model = torchvision.models.resnet18()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    data = write_folder(tmp_path / "data")
+    options = ("--model", "torchvision:resnet18", "--image-size", "64", "--max-steps", "1")
+    options += ("--learning-rate", "0", "--data", data, "--weights", tmp_path / "weights.pth")
+    output = _fine("train", *options, "--out", tmp_path / "run")
+    assert "random weights" not in output
+    stored = load_file(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(stored["model.layer1.0.conv1.weight"], model.layer1[0].conv1.weight)
+    assert stored["model.fc.weight"].shape == (2, 512)
 
 
 def test_demo(tmp_path, monkeypatch):

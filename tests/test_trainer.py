@@ -81,6 +81,12 @@ def _kill_at(monkeypatch, step):
     monkeypatch.setattr(Trainer, "_after_step", after_step)
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    expected = _trainer(tmp_path, epochs=1, checkpoint_every=1).fit()
+    assert expected[-1]["kind"] == "validation"
+    assert _trainer(tmp_path, epochs=1, checkpoint_every=1).fit(resume=True) == expected
+
+
 @pytest.mark.parametrize(
     ("every", "dies_at", "steps", "accumulation"),
     [(5, 5, 10, 1), (5, 8, 13, 1), (3, 4, 10, 1), (2, 3, 7, 2)],
@@ -130,8 +136,10 @@ def test_a_run_does_not_mix_with_another(tmp_path):
     _trainer(tmp_path, max_steps=2).fit()
     with pytest.raises(TrainingError, match="earlier run, the newest step-00000002"):
         _trainer(tmp_path, max_steps=2).fit()
-    with pytest.raises(TrainingError, match="schedules of a run cannot change"):
+    with pytest.raises(TrainingError, match="total_steps"):
         _trainer(tmp_path, max_steps=4).fit(resume=True)
+    with pytest.raises(TrainingError, match="shapley_weight"):
+        _trainer(tmp_path, max_steps=2, shapley_weight=1.0).fit(resume=True)
     trainer = _trainer(None, max_steps=2)
     trainer.fit()
     with pytest.raises(TrainingError, match="this Trainer has trained"):
@@ -207,7 +215,9 @@ def test_history_has_what_is_needed(tmp_path):
     assert {"accuracy", "skill", "residual"} <= validation[0].keys()
     assert validation[0]["images"] == 20
     assert train[-1]["shapley_weight"] == 10
-    assert train[0]["shapley_weight"] == pytest.approx(10 * 0.1 / 0.5)
+    assert train[0]["shapley_weight"] == 0
+    assert train[1]["shapley_weight"] == pytest.approx(10 * 0.1 / 0.5)
+    assert [record["epoch"] for record in history] == [1] * 6 + [2] * 6
     assert all(math.isfinite(record["loss"]) for record in train)
 
 
@@ -367,6 +377,18 @@ def test_precisions_and_what_they_leave_behind():
             _trainer(None, precision="fp16")
 
 
+def _labels(labels):
+    return [(Augmented(4).images, labels)]
+
+
+def test_soft_labels():
+    images, labels = Augmented(5).images, torch.eye(NUM_CLASSES)
+    trainer = _trainer(None, data=[(images, labels)], epochs=1)
+    trainer.fit()
+    hard = trainer.evaluate([(images, torch.arange(5))])
+    assert trainer.evaluate([(images, labels)])["accuracy"] == hard["accuracy"]
+
+
 def _bad_images(value):
     images, labels = Augmented(4).images, torch.arange(4) % NUM_CLASSES
     images[0, 0, 0, 0] = value
@@ -378,6 +400,8 @@ def _bad_images(value):
     [
         (lambda: _trainer(None, data=_bad_images(float("nan"))).fit(), "loss is not finite"),
         (lambda: _trainer(None, data=[]), "empty"),
+        (lambda: _trainer(None, data=_labels(torch.full((4,), 9))).fit(), "expected 0 to 4"),
+        (lambda: _trainer(None, data=_labels([0, 1, 2, 3])).fit(), "labels are list"),
         (lambda: _trainer(None, data=iter([1])), "steps_per_epoch"),
         (lambda: _trainer(None, data=[torch.zeros(2)], epochs=1).fit(), "a batch is Tensor"),
         (lambda: _trainer(None).fit(resume=True), "needs config.output_dir"),

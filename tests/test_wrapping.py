@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shapwrap import ShapleyWrapper
-from shapwrap.errors import GridError
+from shapwrap.errors import GridError, ImageError
 from tests.backbones import BUILDERS, EXACT_KINDS, READOUTS, TOKEN_KINDS, make_case
 
 # name, masking, readout, grid, whether the logits are those of the original model
@@ -138,6 +138,14 @@ def test_other_image_sizes_have_other_grids():
         1,
         1000,
     )
+
+
+def test_a_token_grid_covers_the_image():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=63, num_classes=2)
+    with pytest.raises(ImageError, match="refuses images of 63 x 63 pixels: its patches of 16"):
+        ShapleyWrapper(model)
+    with pytest.raises(ImageError, match="refuses images of 3 x 3"):
+        ShapleyWrapper(create("torchvision", "vit_b_32"), image_size=(3, 3))
 
 
 def test_a_cell_that_does_not_divide_the_image():

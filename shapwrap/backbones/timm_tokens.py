@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from shapwrap._types import Images
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
+from shapwrap.errors import ImageError
 from shapwrap.masking.attention import AttentionMask
 
 
@@ -28,6 +29,7 @@ class TimmTokens(TokenBackbone, TimmMaps):
     def embed(self, images: Images) -> TokenSequence:
         """Patch embedding and positions; timm's random patch dropout is left out."""
         model: Any = self.model
+        self._check_divisible(images)
         embedded = model.patch_embed(images)
         if embedded.ndim == 4:
             grid = (embedded.shape[1], embedded.shape[2])
@@ -38,6 +40,20 @@ class TimmTokens(TokenBackbone, TimmMaps):
         tokens = model.norm_pre(tokens)
         prefix = self._num_prefix()
         return TokenSequence(tokens[:, :prefix], tokens[:, prefix:], rotary, grid)
+
+    def _check_divisible(self, images: Images) -> None:
+        """Rows and columns that no patch covers would be drawn as if patches had seen them."""
+        patch = getattr(self.model.patch_embed, "patch_size", None)
+        padded = getattr(self.model.patch_embed, "dynamic_img_pad", False)
+        if patch is None or padded:
+            return
+        height, width = images.shape[-2:]
+        if height % patch[0] or width % patch[1]:
+            raise ImageError(
+                f"{type(self.model).__name__} refuses images of {height} x {width} pixels: its "
+                f"patches of {patch[0]} x {patch[1]} leave some unread. Resize the images to "
+                "multiples of the patch, or build the model with dynamic_img_pad=True."
+            )
 
     def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
         """All blocks, under the model's own gradient checkpointing, and the final norm."""

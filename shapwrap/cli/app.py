@@ -87,7 +87,10 @@ def train(
     model: Annotated[str, typer.Option(help="timm name, or torchvision:NAME.")],
     data: Annotated[Path, typer.Option(help="ImageFolder, with train/ and val/ or without.")],
     out: Annotated[Path, typer.Option(help="Where the run goes.")] = Path("runs/shapwrap"),
-    weights: Annotated[Path | None, typer.Option(help="Pretrained weights.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Pretrained weights, a file.")] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Pretrained weights of the library's hub.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from --out.")] = False,
     image_size: Size = None,
     grid: GridOption = None,
@@ -97,7 +100,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of the backbone.")] = 1e-4,
     shapley_weight: Annotated[float, typer.Option(help="Lambda of Eq. 14.")] = 100.0,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
-    limit: Annotated[int | None, typer.Option(help="At most these training images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most these images.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
     seed: int = 0,
 ) -> None:
@@ -107,6 +110,7 @@ def train(
         data=data,
         out=out,
         weights=weights,
+        pretrained=pretrained,
         resume=resume,
         image_size=parse_pair(image_size),
         grid=parse_pair(grid),
@@ -122,6 +126,8 @@ def train(
             "seed": seed,
         },
     )
+    if weights is None and not pretrained and not resume:
+        console.print("neither --weights nor --pretrained: training starts from random weights")
     metrics: dict[str, Any] = train_folder(request)
     console.print(
         f"accuracy {metrics['accuracy']:.3f}  skill {metrics['skill']:.3f}  "

@@ -8,6 +8,7 @@ from typing import Any
 from shapwrap.cli.run_folder import SETTINGS, ModelSettings, build_model, save_run, wrap_model
 from shapwrap.data.folder import load_folder
 from shapwrap.errors import ArgumentError
+from shapwrap.training.checkpoint import check_unused
 from shapwrap.training.config import TrainerConfig
 from shapwrap.training.trainer import Trainer
 
@@ -20,6 +21,7 @@ class TrainRequest:
     data: Path
     out: Path
     weights: Path | None = None
+    pretrained: bool = False
     resume: bool = False
     image_size: tuple[int, int] | None = None
     grid: tuple[int, int] | None = None
@@ -59,8 +61,12 @@ def train_folder(request: TrainRequest) -> dict[str, float]:
     )
     if request.resume:
         _check_same_run(request.out, settings)
-    wrapped = wrap_model(settings, build_model(settings, request.weights))
+    wrapped = wrap_model(
+        settings, build_model(settings, request.weights, pretrained=request.pretrained)
+    )
     config = TrainerConfig(output_dir=request.out, **request.trainer)
+    if not request.resume:
+        check_unused(request.out)
     save_run(request.out, settings)
     trainer = Trainer(wrapped, data.train, data.validation, config=config)
     history = trainer.fit(resume=request.resume)

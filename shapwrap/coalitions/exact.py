@@ -73,6 +73,9 @@ def kernel_regression(
     Args:
         values: v(s) in the order of `all_coalitions`, first axis of length 2^N, N >= 2.
 
+    Raises:
+        ArgumentError: The first axis is not 2^N with N in 2..16.
+
     References:
         Lundberg & Lee 2017; Fan, Yang & Ma 2026, Eq. 3 and 4.
     """

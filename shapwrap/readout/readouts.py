@@ -24,7 +24,6 @@ class Readout(ABC):
     """How the layers between pooling and classifier are shared out among patches."""
 
     name: ClassVar[ReadoutName]
-    explanation: ClassVar[str]
 
     def __init__(self, pre_logits: PreLogitFunction):
         self.pre_logits = pre_logits
@@ -42,7 +41,6 @@ class AffineReadout(Readout):
     """The layers are affine, so they commute with the mean: exact and local to each patch."""
 
     name = "affine"
-    explanation = "phi_n = (W e_n + b) / N: exact, and local once the features are fixed"
 
     def __init__(self, pre_logits: PreLogitFunction, *, idle: bool = False):
         super().__init__(pre_logits)
@@ -66,7 +64,6 @@ class SharedNormReadout(Readout):
     """
 
     name = "shared-norm"
-    explanation = "phi_n = (W norm(e_n) + b) / N with the scale of the pooled feature: exact"
 
     def __init__(
         self, pre_logits: PreLogitFunction, norm: Callable[[], nn.Module], *, centred: bool
@@ -104,10 +101,6 @@ class GapReadout(Readout):
     """
 
     name = "gap"
-    explanation = (
-        "phi_n = g_n + (f - sum of g) / N, g_n the head on patch n alone: logits exact, the "
-        "gap between patches and image spread evenly"
-    )
 
     @override
     def patch_scores(self, features: PatchFeatures) -> PatchScores:

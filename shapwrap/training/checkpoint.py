@@ -27,7 +27,7 @@ def check_unused(directory: Path) -> None:
     if found := checkpoints(directory):
         raise TrainingError(
             f"{directory} holds checkpoints of an earlier run, the newest {found[-1].name}; go on "
-            "with fit(resume=True), choose another output_dir, or delete them."
+            "with fit(resume=True) (--resume), choose another output_dir (--out), or delete them."
         )
 
 

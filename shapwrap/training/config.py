@@ -88,8 +88,14 @@ class TrainerConfig:
                     f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
                     "coalitions come with their complements."
                 )
-        for name in ("shapley_weight", "masked_cross_entropy", "weight_decay", "learning_rate"):
-            if getattr(self, name) < 0:
+        for name in (
+            "shapley_weight",
+            "masked_cross_entropy",
+            "weight_decay",
+            "learning_rate",
+            "head_multiplier",
+        ):
+            if not getattr(self, name) >= 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         for name, kind in (("precision", Precision), ("distribution", Distribution)):
             if getattr(self, name) not in get_args(kind):
@@ -104,6 +110,14 @@ class TrainerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 to 1.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a record of the run."""
-        return {**asdict(self), "output_dir": str(self.output_dir) if self.output_dir else None}
+    def what_training_depends_on(self) -> dict[str, Any]:
+        """All settings but those that only decide what is written, shown or stopped when."""
+        free = {"output_dir", "progress", "log_every", "keep_checkpoints", "checkpoint_every"}
+        free |= {
+            "epochs",
+            "max_steps",
+            "steps_per_epoch",
+            "validate_every",
+            "validation_coalitions",
+        }
+        return {name: value for name, value in asdict(self).items() if name not in free}

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from shapwrap.errors import TrainingError
 from shapwrap.losses import shapley_loss
 from shapwrap.training.config import TrainerConfig
 from shapwrap.values.output import ShapleyOutput
@@ -81,4 +82,10 @@ class Objective:
     def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         if self._task_loss is not None:
             return self._task_loss(logits, targets)
-        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        try:
+            return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        except IndexError as error:
+            raise TrainingError(
+                f"labels do not fit the {logits.shape[1]} classes of the model ({error}); expected "
+                f"0 to {logits.shape[1] - 1}. Wrap with num_classes= for another number."
+            ) from error

@@ -17,11 +17,11 @@ class Position:
         coalitions: The generator of coalitions.
         data: The stream that shuffling and augmentation draw from.
         loader: The training data; a loader may have generators of its own.
-        plan: What the schedules were made for; a run can only be resumed with the same.
+        plan: What training depends on; a run can only be resumed with the same.
     """
 
     def __init__(
-        self, coalitions: torch.Generator, data: RandomStream, loader: object, plan: dict[str, int]
+        self, coalitions: torch.Generator, data: RandomStream, loader: object, plan: dict[str, Any]
     ):
         self.step = 0
         self.epoch = 0
@@ -57,11 +57,15 @@ class Position:
         Raises:
             TrainingError: The checkpoint is of a run of another length.
         """
-        if state["plan"] != self._plan:
+        changed = {
+            name: (state["plan"].get(name), value)
+            for name, value in self._plan.items()
+            if state["plan"].get(name) != value
+        }
+        if changed:
             raise TrainingError(
-                f"the checkpoint is of a run with {state['plan']}, this one has {self._plan}; the "
-                "schedules of a run cannot change on the way. Resume with the same data and "
-                "settings, or start anew in another output_dir."
+                f"settings of the run changed (before, now): {changed}; a run cannot change on the "
+                "way. Resume with the same data and settings, or start anew elsewhere."
             )
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.records = state["records"]

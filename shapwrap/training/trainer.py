@@ -82,6 +82,10 @@ class Trainer:
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
 
+        Records of kind "train" hold step, epoch, learning_rate, shapley_weight and the means of
+        loss, task_loss, shapley_loss (squared logits) and masked_task_loss; those of kind
+        "validation" what `evaluate` returns.
+
         Args:
             resume: Go on from the newest checkpoint in `output_dir`. On a CPU the result is bit
                 for bit that of a run that never stopped.
@@ -95,7 +99,6 @@ class Trainer:
                 "this Trainer has trained: its optimizer and schedule are used up. Make a new "
                 "Trainer, or go on with fit(resume=True)."
             )
-        self._started = True
         device = self.accelerator.device
         modes = {module: module.training for module in self.model.modules()}
         with global_states_kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -107,7 +110,10 @@ class Trainer:
         return self.history.records
 
     def evaluate(self, data: Iterable[Any] | None = None) -> dict[str, float]:
-        """Accuracy, skill and residual (squared logits) on `data`, or on the validation data.
+        """Accuracy, skill, residual, trivial_residual (squared logits) and number of images.
+
+        Args:
+            data: Batches of (images, labels); the validation data if None.
 
         Raises:
             TrainingError: There is no data.
@@ -131,7 +137,7 @@ class Trainer:
         plan = {
             "total_steps": self.total_steps,
             "batches_per_epoch": self._batches,
-            "accumulation": self.config.accumulation,
+            **self.config.what_training_depends_on(),
         }
         position = Position(
             torch.Generator().manual_seed(seed),
@@ -146,6 +152,7 @@ class Trainer:
             checkpoint.load(self.accelerator, self._directory, position)
         elif self._directory is not None:
             checkpoint.check_unused(self._directory)
+        self._started = True
         self.history.start(keep=position.records)
         self.model.train()
         frozen = batch_norms(self.wrapped) if self.config.freeze_batch_norm else []
@@ -228,13 +235,16 @@ class Trainer:
             self.history.add(
                 kind="train",
                 step=position.step,
-                epoch=position.epoch,
+                epoch=position.epoch + 1,
                 learning_rate=self.scheduler.get_last_lr()[0],
-                shapley_weight=self.objective.shapley_weight(position.step / self.total_steps),
+                shapley_weight=self.objective.shapley_weight(
+                    (position.step - 1) / self.total_steps
+                ),
                 **means,
             )
         every = self.config.checkpoint_every
-        if every is not None and position.step % every == 0:
+        # The last step is saved after its validation.
+        if every is not None and position.step % every == 0 and position.step < self.total_steps:
             window.check(position.step)
             self._save(position)
 
@@ -275,6 +285,10 @@ class Trainer:
                     f"a batch is {type(batch).__name__}; expected a pair (images, labels)."
                 )
             images, targets = send_to_device(batch, self.accelerator.device)
+            if not isinstance(targets, Tensor):
+                raise TrainingError(
+                    f"labels are {type(targets).__name__}; expected a tensor, one label an image."
+                )
             yield images, targets
 
     def _prepare_data(self, data: Iterable[Any]) -> Iterable[Any]:

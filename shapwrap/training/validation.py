@@ -55,7 +55,9 @@ def validate(
             ).to(images.device)
             with autocast():
                 output = model(images, coalitions, paired=True)
-            correct = (output.logits.argmax(dim=1) == targets).to(output.logits.dtype)
+            # Soft labels, as mixing augmentations make them, count as their largest.
+            labels = targets.argmax(dim=1) if targets.ndim == 2 else targets
+            correct = (output.logits.argmax(dim=1) == labels).to(output.logits.dtype)
             row = torch.stack((correct, *residuals(output, coalitions)), dim=1)
             # The last batch of a split loader is filled up with images seen before; only the
             # loader knows, and only where accelerate prepared it.

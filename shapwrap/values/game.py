@@ -76,13 +76,9 @@ def share(
     return scores * (present.to(scores.dtype) / coalitions.shape[-1])
 
 
-def patch_values(
-    head: Head, features: PatchFeatures, channels: Tensor | None = None
-) -> PatchValues:
+def patch_values(head: Head, features: PatchFeatures) -> PatchValues:
     """phi, [B, N, K] (Eq. 6)."""
     scores = head.readout.patch_scores(full_precision(features))
-    if channels is not None:
-        scores = scores * channels
     return head.classifier(scores) / features.shape[1]
 
 
