@@ -15,6 +15,16 @@ from torch.nn.functional import cross_entropy
 from shapwrap import ShapleyWrapper, sample_coalitions, shapley_loss
 
 
+def make_model(name: str, size: int | None) -> torch.nn.Module:
+    """A model with ten classes, built for this size where it must be."""
+    if size is not None:
+        try:
+            return timm.create_model(name, num_classes=10, img_size=size)
+        except TypeError:
+            pass
+    return timm.create_model(name, num_classes=10)
+
+
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median over rounds of each call's time, relative to the first one's in the same round."""
     ratios: dict[str, list[float]] = {name: [] for name in calls}
@@ -40,14 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "resnet18"])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=None, help="pixels; the model's own if unset")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, timm {timm.__version__}, {device}, batch {options.batch}")
     for name in options.models:
         torch.manual_seed(0)
-        plain = timm.create_model(name).to(device)
-        wrapped = ShapleyWrapper(timm.create_model(name).to(device))
+        plain = make_model(name, options.size).to(device)
+        size = None if options.size is None else (options.size, options.size)
+        wrapped = ShapleyWrapper(make_model(name, options.size).to(device), image_size=size)
         images = torch.randn(options.batch, 3, *wrapped.image_size, device=device)
         labels = torch.zeros(options.batch, dtype=torch.long, device=device)
         generator = torch.Generator().manual_seed(0)
