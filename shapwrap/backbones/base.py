@@ -27,7 +27,7 @@ class Normalization(NamedTuple):
 class Backbone(ABC):
     """One family of models, seen as encoder, pooling and head.
 
-    Every adapter calls the model's own modules; it holds no weights and registers no hooks.
+    Every adapter calls the model's own modules; it holds no weights and leaves no hooks behind.
     """
 
     family: ClassVar[str]
