@@ -79,7 +79,8 @@ def audit(
         raise ArgumentError(f"chunk_size is {chunk_size}; expected at least 2 (one pair).")
     generator = generator or torch.Generator().manual_seed(0)
     batch = images.shape[0]
-    total = torch.zeros(2, batch, dtype=torch.float64, device=images.device)
+    # In float32: not every device has float64, and the terms are of one size.
+    total = torch.zeros(2, batch, device=images.device)
     done = 0
     while done < num_coalitions:
         step = min(chunk_size // 2 * 2, num_coalitions - done)
@@ -87,7 +88,7 @@ def audit(
             batch, num_patches, step, distribution=distribution, generator=generator
         ).to(images.device)
         pair: tuple[Tensor, Tensor] = residuals(evaluate(images, coalitions), coalitions)
-        total += torch.stack(pair).double() * step
+        total += torch.stack(pair).float() * step
         done += step
-    residual, trivial = (total / num_coalitions).float()
+    residual, trivial = total / num_coalitions
     return Audit(residual, trivial, num_coalitions)

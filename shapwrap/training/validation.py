@@ -62,7 +62,7 @@ def validate(
             # The last batch of a split loader is filled up with images seen before; only the
             # loader knows, and only where accelerate prepared it.
             gathered: Any = accelerator.gather_for_metrics(row) if split else row
-            rows.append(gathered.double().cpu())
+            rows.append(gathered.cpu().double())
     if not rows:
         raise TrainingError("the validation data has no batch; expected (images, labels) pairs.")
     accuracy, residual, trivial = torch.cat(rows).mean(dim=0).tolist()
