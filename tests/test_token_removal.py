@@ -3,11 +3,13 @@
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from shapwrap import ShapleyWrapper
 from shapwrap.errors import MaskingError
-from tests.backbones import TOKEN_KINDS, make_case, random_coalitions
+from tests.backbones import TOKEN_KINDS, cases, make_case, random_coalitions
 from tests.removal_reference import reference_value
 
 
@@ -27,6 +29,17 @@ def test_equals_gathering_one_image_at_a_time(kind, paired):
         for image, rows, found in zip(case.images, coalitions, values, strict=True):
             expected = torch.stack([reference_value(case, image, row) for row in rows])
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@given(cases(TOKEN_KINDS), st.integers(0, 99), st.booleans(), st.integers(1, 4))
+@torch.no_grad()
+def test_equals_gathering_for_any_grid_batch_dtype_and_coalitions(recipe, seed, paired, pairs):
+    case = recipe()
+    coalitions = random_coalitions(case, 2 * pairs, seed, paired=paired)
+    values = case.wrapped.value(case.images, coalitions)
+    for image, rows, found in zip(case.images, coalitions, values, strict=True):
+        expected = torch.stack([reference_value(case, image, row) for row in rows])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
