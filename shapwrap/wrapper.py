@@ -110,7 +110,7 @@ class ShapleyWrapper(nn.Module):
         self.model = model
         self.new_head = head if made is None else made
         self.training = modes[model]
-        self._images_of_size = {self._wrapping.image_size: self._wrapping.grid}
+        self._grid_of_size = {self._wrapping.image_size: self._wrapping.grid}
         unused = self._wrapping.backbone.unused_parameters()
         if self.new_head is not None:
             replaced = [p for m in self._wrapping.backbone.classifiers() for p in m.parameters()]
@@ -424,11 +424,11 @@ class ShapleyWrapper(nn.Module):
 
     def _grid_of(self, images: Tensor) -> Grid:
         size = (images.shape[-2], images.shape[-1])
-        if size not in self._images_of_size:
+        if size not in self._grid_of_size:
             with undisturbed(self.model):
                 probe = random_images(self._wrapping.backbone, size, batch=1)
-                self._images_of_size[size] = check_image_size(self._wrapping.backbone, probe)
-        return self._images_of_size[size]
+                self._grid_of_size[size] = check_image_size(self._wrapping.backbone, probe)
+        return self._grid_of_size[size]
 
     def _check(self, images: Tensor, *, finite: bool = False) -> None:
         self._check_in_use()
