@@ -25,7 +25,6 @@ from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
 from shapwrap.masking.pixels import zero_absent_pixels
 from shapwrap.masking.pooling import present_means, without_autocast
-from shapwrap.readout.classifier import dropout_mask
 from shapwrap.report import BeforeAfter, Report, count_multiply_adds, count_parameters, note_for
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
@@ -163,8 +162,7 @@ class ShapleyWrapper(nn.Module):
         coalitions = coalitions.to(images.device, non_blocking=True)
         means = self._masked_means(images, coalitions, paired)
         with without_autocast(images):
-            pooled = head.readout.pooled(game.full_precision(features).mean(dim=1))
-            channels = dropout_mask(pooled, head.dropout, training=self.training)
+            channels = head.draw_dropout(features, training=self.training)
             logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
             values = game.values_of(head, means, coalitions, channels)
         return ShapleyOutput(logits, values, estimates)

@@ -57,8 +57,7 @@ def densify(backbone: Backbone, images: Images, grid: Grid) -> list[StrideChange
                 raise GridError(_cannot(backbone, images, native, grid, "the map did not grow"))
             current = finer
     except (GridError, RuntimeError) as error:
-        for change in changes:
-            change.undo()
+        restore(changes)
         if isinstance(error, GridError):
             raise
         raise GridError(
@@ -78,8 +77,7 @@ def _last_level_to_stride_one(
     changes = []
     for layer in level:
         if not isinstance(layer, nn.Conv2d) or layer.stride != (2, 2):
-            for change in changes:
-                change.undo()
+            restore(changes)
             raise GridError(
                 _cannot(
                     backbone,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -41,6 +40,11 @@ class LinearClassifier:
     def num_classes(self) -> int:
         """K."""
         return _linear_form(self._layers()[0])[0].shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """D', the width of what the classifier reads."""
+        return _linear_form(self._layers()[0])[0].shape[1]
 
     def __call__(self, features: Float[Tensor, "*axes features"]) -> Float[Tensor, "*axes classes"]:
         """Class scores, bias included."""
@@ -83,14 +87,3 @@ def split_head(head: nn.Module) -> tuple[list[nn.Module], nn.Module]:
         layers = list(head)
         return layers[:-1], layers[-1]
     return [], head
-
-
-def dropout_mask(reference: Tensor, rate: float, *, training: bool) -> Tensor | None:
-    """One draw of dropout an image, [B, 1, D], for all its patches and coalitions; None if idle.
-
-    Sharing the draw keeps efficiency exact in train mode and takes the noise out of v(s) - s.phi.
-    """
-    if not training or rate == 0.0:
-        return None
-    ones = torch.ones_like(reference[:, None, :])
-    return functional.dropout(ones, rate, training=True)

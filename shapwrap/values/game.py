@@ -19,7 +19,6 @@ from shapwrap._types import (
     PatchValues,
 )
 from shapwrap.masking.pooling import compute_dtype, present_means
-from shapwrap.readout.classifier import dropout_mask
 from shapwrap.readout.head import Head
 
 
@@ -31,7 +30,7 @@ def full_precision(features: PatchFeatures) -> PatchFeatures:
 def logits_of(head: Head, features: PatchFeatures, *, training: bool) -> Logits:
     """f(x) = sum_n phi_n (Eq. 7), from the pooled features alone."""
     pooled = head.readout.pooled(full_precision(features).mean(dim=1))
-    channels = dropout_mask(pooled, head.dropout, training=training)
+    channels = head.draw_dropout(features, training=training)
     return head.classifier(pooled if channels is None else pooled * channels[:, 0])
 
 
