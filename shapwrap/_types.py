@@ -21,6 +21,9 @@ PatchScores = Float[Tensor, "batch patches hidden"]
 Coalitions = Bool[Tensor, "batch coalitions patches"]
 """True where a patch is present."""
 
+PatchMask = Bool[Tensor, "items patches"]
+"""True where a patch is present, one coalition an item."""
+
 Logits = Float[Tensor, "batch classes"]
 """Class scores."""
 

@@ -9,6 +9,7 @@ from shapwrap.errors import ArgumentError, BackboneTypeError
 
 def check_arguments(
     model: object,
+    features: object,
     head: object,
     grid: object,
     image_size: object,
@@ -30,9 +31,16 @@ def check_arguments(
             f"model is {type(model).__name__}; expected an nn.Module, for example "
             "timm.create_model(name, pretrained=True)."
         )
-    if head is not None and not isinstance(head, nn.Module):
+    if isinstance(head, type) or not (head is None or isinstance(head, str) or callable(head)):
         raise BackboneTypeError(
-            f"head is {type(head).__name__}; expected nn.Linear, or nn.Sequential that ends in one."
+            f"head is {head!r}; expected nn.Linear, or nn.Sequential that ends in one. With "
+            "features= it may also be the name of a submodule, or a function of pooled features."
+        )
+    if isinstance(features, type) or not (
+        features is None or isinstance(features, str) or callable(features)
+    ):
+        raise BackboneTypeError(
+            f"features is {features!r}; expected the name of a submodule, or a function of images."
         )
     for name, size in (("grid", grid), ("image_size", image_size)):
         valid = isinstance(size, Sequence) and len(size) == 2

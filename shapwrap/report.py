@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shapwrap._types import Grid
-from shapwrap.wrapping import Masking, Wrapping, undisturbed
+from shapwrap.choosing import Masking
+from shapwrap.probing import undisturbed
+from shapwrap.wrapping import Wrapping
 
 
 class BeforeAfter(NamedTuple):

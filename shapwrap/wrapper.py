@@ -1,6 +1,6 @@
 """ShapleyWrapper: any pretrained backbone, made to explain itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.densify import restore
 from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.choosing import Request
 from shapwrap.coalitions.checks import (
     are_complement_pairs,
     check_coalitions,
@@ -22,13 +23,13 @@ from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.images import check_finite, check_images
-from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
-from shapwrap.masking.pixels import zero_absent_pixels
-from shapwrap.masking.pooling import present_means, without_autocast
+from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.masking.pooling import without_autocast
+from shapwrap.probing import check_image_size, random_images, undisturbed
 from shapwrap.report import BeforeAfter, Report, count_multiply_adds, count_parameters, note_for
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
-from shapwrap.wrapping import check_image_size, random_images, undisturbed, wrap
+from shapwrap.wrapping import wrap
 
 
 class ShapleyWrapper(nn.Module):
@@ -48,11 +49,14 @@ class ShapleyWrapper(nn.Module):
             block, "zero-mask" sets pixels to zero, "auto" removes tokens where a test on the
             model proves that this is legitimate.
         readout: How the pretrained head is shared among patches: "affine", "shared-norm", "gap",
-            or "auto" for the most local one that is exact.
+            "efficiency-gap", or "auto" for the most local one that is exact.
         grid: Rows and columns of patches. Finer than the backbone's own, it runs the last stages
             of a convolutional backbone at stride 1, as the paper does for ResNet-50.
+        features: For a model of your own, where its patches are: the name of a submodule, or a
+            function of the images, that gives a map [B, D, h, w] or patch tokens [B, N, D].
         head: Replaces the classifier: nn.Linear, or nn.Sequential that ends in one, on the
-            features that the pretrained classifier reads.
+            features that the pretrained classifier reads. With `features` also the name of a
+            submodule, or a function, from pooled features [M, D] to logits [M, K].
         num_classes: Replaces the classifier by a new linear layer of this many classes, all zero.
         prefix_tokens: Whether patches see class and register tokens: "drop" as in the paper,
             "keep", or "auto": kept only where the pretrained head stays exact with them.
@@ -83,7 +87,8 @@ class ShapleyWrapper(nn.Module):
         masking: str = "auto",
         readout: str = "auto",
         grid: Grid | None = None,
-        head: nn.Module | None = None,
+        features: str | Callable[[Tensor], Tensor] | None = None,
+        head: nn.Module | str | Callable[[Tensor], Tensor] | None = None,
         num_classes: int | None = None,
         prefix_tokens: str = "auto",
         image_size: tuple[int, int] | None = None,
@@ -94,20 +99,16 @@ class ShapleyWrapper(nn.Module):
             raise BackboneTypeError(
                 "model is wrapped already; use it as it is, or wrap model.unwrap() anew."
             )
-        check_arguments(model, head, grid, image_size, num_classes)
+        check_arguments(model, features, head, grid, image_size, num_classes)
         modes = {module: module.training for module in model.modules()}
-        self._wrapping, made = wrap(
+        self._wrapping, new_head = wrap(
             model,
-            masking=masking,
-            readout=readout,
-            grid=grid,
-            head=head,
-            num_classes=num_classes,
-            prefix_tokens=prefix_tokens,
-            image_size=image_size,
+            Request(masking, readout, features, head, num_classes, prefix_tokens, image_size),
+            grid,
         )
         self.model = model
-        self.new_head = head if made is None else made
+        self.new_head = new_head
+        self.patch_layer = self._wrapping.head.patch_layer
         self.training = modes[model]
         self._grid_of_size = {self._wrapping.image_size: self._wrapping.grid}
         unused = self._wrapping.backbone.unused_parameters()
@@ -350,7 +351,7 @@ class ShapleyWrapper(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifier, for a learning rate of their own."""
-        return self._wrapping.head.classifier.parameters()
+        return self._wrapping.head.parameters()
 
     def report(self) -> Report:
         """A printable summary: what was chosen, what was measured, what to know before use."""
@@ -413,12 +414,7 @@ class ShapleyWrapper(nn.Module):
         backbone = self._wrapping.backbone
         if self._wrapping.masking == "token-removal" and isinstance(backbone, TokenBackbone):
             return backbone.present_means(images, coalitions, paired=paired)
-        masked = zero_absent_pixels(images, coalitions, self._grid_of(images))
-        # Masked images neither enter the batch statistics nor are measured by those of a batch.
-        with clean_statistics(self.model):
-            features = self._features(masked)
-        flat = coalitions.flatten(0, 1)[:, None]
-        return present_means(features, flat).unflatten(0, coalitions.shape[:2])[:, :, 0]
+        return backbone.zero_masked_means(images, coalitions, self._grid_of(images))
 
     def _grid_of(self, images: Tensor) -> Grid:
         size = (images.shape[-2], images.shape[-1])

@@ -5,9 +5,21 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures, PreLogits
+from shapwrap._types import (
+    Coalitions,
+    Grid,
+    Images,
+    PatchFeatures,
+    PatchMask,
+    PooledFeatures,
+    PreLogits,
+)
+from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
+from shapwrap.masking.pixels import zero_absent_pixels
+from shapwrap.masking.pooling import present_means
 
 
 class FeatureMap(NamedTuple):
@@ -33,6 +45,9 @@ class Backbone(ABC):
     family: ClassVar[str]
     """What this adapter handles, in words for reports and errors."""
 
+    gives_logits: bool = False
+    """Whether the features stand for class scores, so that no classifier comes after."""
+
     def __init__(self, model: nn.Module):
         self.model = model
 
@@ -40,6 +55,13 @@ class Backbone(ABC):
     @abstractmethod
     def recognises(cls, model: nn.Module) -> bool:
         """Whether the model has the parts that this adapter uses. Names of models play no role."""
+
+    def prepare(self, images: Images) -> None:  # noqa: B027
+        """Look at the model with these images, once, before anything else is asked.
+
+        Raises:
+            ShapwrapError: This adapter does not fit the model after all.
+        """
 
     @abstractmethod
     def features(self, images: Images) -> FeatureMap:
@@ -53,6 +75,20 @@ class Backbone(ABC):
     def classifiers(self) -> Sequence[nn.Module]:
         """The pretrained classifiers, whose outputs are averaged; empty if there is none."""
 
+    def class_scores(self, pooled: PooledFeatures) -> Float[Tensor, "items classes"]:
+        """Logits of one pooled feature, where the classifier is more than one linear layer."""
+        hidden = self.pre_logits(pooled)
+        scores = [classifier(hidden) for classifier in self.classifiers()]
+        return torch.stack(scores).mean(dim=0)
+
+    def masked_features(self, images: Images, present: PatchMask) -> PatchFeatures:
+        """Patch features of images whose absent patches are zeroed already.
+
+        Only those of present patches are read; a head that weighs patches against each other
+        does so among the present ones.
+        """
+        return self.features(images).features
+
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model was built for."""
@@ -61,10 +97,22 @@ class Backbone(ABC):
     def ignores_patches(self, images: Images) -> bool:
         """Whether the pretrained head never reads the patch features (a class-token head)."""
 
+    def zero_masked_means(
+        self, images: Images, coalitions: Coalitions, grid: Grid
+    ) -> Float[Tensor, "batch coalitions features"]:
+        """Mean feature over the patches of each coalition, the pixels of the others zeroed."""
+        masked = zero_absent_pixels(images, coalitions, grid)
+        flat = coalitions.flatten(0, 1)
+        # Masked images neither enter the batch statistics nor are measured by those of a batch.
+        with clean_statistics(self.model):
+            features = self.masked_features(masked, flat)
+        return present_means(features, flat[:, None]).unflatten(0, coalitions.shape[:2])[:, :, 0]
+
     def original(self, images: Images) -> tuple[PreLogits, Tensor]:
         """Input of the classifier and output of the model, from the model's own forward pass.
 
-        A model without a classifier returns the same tensor twice.
+        A model without a classifier, or whose classifiers read features of several widths,
+        returns its output twice.
         """
         inputs: list[Tensor] = []
         handles = [
@@ -76,10 +124,10 @@ class Backbone(ABC):
         finally:
             for handle in handles:
                 handle.remove()
-        hidden = (
-            torch.stack([given.flatten(1) for given in inputs]).mean(dim=0) if inputs else output
-        )
-        return hidden, output
+        inputs = [given.flatten(1) for given in inputs]
+        if not inputs or any(given.shape != inputs[0].shape for given in inputs):
+            return output, output
+        return torch.stack(inputs).mean(dim=0), output
 
     def classifier_dropout(self) -> float:
         """Dropout rate on the input of the classifier."""
@@ -103,8 +151,22 @@ class Backbone(ABC):
         return next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
 
     def in_channels(self) -> int:
-        """Channels of the images, read off the first convolution."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Conv2d):
-                return module.in_channels
-        return 3
+        """Channels of the images, read off the first layer that runs on them."""
+        if self._channels is None:
+            self._channels = self._find_channels()
+        return self._channels
+
+    def _find_channels(self) -> int:
+        first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None or first.in_channels == 3:
+            return 3
+        # Some models transform the pixels before their first convolution.
+        images = torch.zeros(1, first.in_channels, *self.image_size()).to(self.parameter)
+        try:
+            with torch.no_grad(), evaluation_mode(self.model.modules()):
+                self.model(images)
+        except (RuntimeError, AssertionError, ValueError):
+            return 3
+        return first.in_channels
+
+    _channels: int | None = None

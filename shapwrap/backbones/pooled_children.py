@@ -77,9 +77,9 @@ class PooledChildren(Backbone):
         return IMAGENET_NORMALIZATION if is_torchvision(self.model) else None
 
     def _split(self) -> tuple[list[nn.Module], list[nn.Module]]:
-        children = list(self.model.children())
+        layers = _layers(self.model)
         pool = _pool_index(self.model)
-        return children[:pool], children[pool:][1:]
+        return layers[:pool], layers[pool:][1:]
 
     def _head_layers(self) -> list[nn.Module]:
         layers: list[nn.Module] = []
@@ -89,10 +89,20 @@ class PooledChildren(Backbone):
 
 
 def _pool_index(model: nn.Module) -> int | None:
-    children = list(model.children())
-    pools = [
-        index
-        for index, child in enumerate(children[:-1])
-        if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1))
-    ]
+    layers = _layers(model)
+    pools = [index for index, layer in enumerate(layers[:-1]) if _is_global_pool(layer)]
     return pools[-1] if pools else None
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Children in order; lists of layers, and the sequence that holds the pooling, opened."""
+    layers: list[nn.Module] = []
+    for child in model.children():
+        holds_pool = isinstance(child, nn.Sequential) and any(map(_is_global_pool, child))
+        opened = isinstance(child, nn.ModuleList) or holds_pool
+        layers.extend(child.children() if opened else [child])
+    return layers
+
+
+def _is_global_pool(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))

@@ -1,31 +1,64 @@
 """Which adapters exist, and which of them recognise a model."""
 
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TypeVar
+
 from torch import nn
 
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.pooled_children import PooledChildren
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
+from shapwrap.backbones.timm_whole import TimmWhole
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
-from shapwrap.errors import UnsupportedBackboneError
+from shapwrap.backbones.traced import TracedMean, TracedWhole
+from shapwrap.errors import BackboneTypeError
 
-ADAPTERS: tuple[type[Backbone], ...] = (TimmTokens, TorchvisionTokens, TimmMaps, PooledChildren)
+ADAPTERS: tuple[type[Backbone], ...] = (
+    TimmTokens,
+    TorchvisionTokens,
+    TimmMaps,
+    PooledChildren,
+    TracedMean,
+    TimmWhole,
+    TracedWhole,
+)
 """In order of preference: the first that recognises a model and passes its tests is used."""
+
+ENTRY_POINTS = "shapwrap.backbones"
+"""Group under which an installed package names its adapters."""
+
+_registered: list[type[Backbone]] = []
+
+Adapter = TypeVar("Adapter", bound=type[Backbone])
+
+
+def register_backbone(adapter: Adapter) -> Adapter:
+    """The adapter itself, after putting it before all others; use it as a decorator.
+
+    Args:
+        adapter: A subclass of `Backbone` (or of an adapter that shapwrap has).
+
+    Raises:
+        BackboneTypeError: It is none.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, Backbone)):
+        raise BackboneTypeError(
+            f"{adapter!r} cannot be registered; expected a subclass of shapwrap.Backbone."
+        )
+    if adapter not in _registered:
+        _registered.insert(0, adapter)
+    return adapter
+
+
+@cache
+def _installed() -> tuple[type[Backbone], ...]:
+    """Adapters of installed packages; one that cannot be imported raises its own error."""
+    return tuple(entry.load() for entry in entry_points(group=ENTRY_POINTS))
 
 
 def candidates(model: nn.Module) -> list[Backbone]:
-    """Adapters that recognise the parts of `model`, best first.
-
-    Raises:
-        UnsupportedBackboneError: None does.
-    """
-    found = [adapter(model) for adapter in ADAPTERS if adapter.recognises(model)]
-    if not found:
-        families = ", ".join(adapter.family for adapter in ADAPTERS)
-        children = ", ".join(name for name, _ in model.named_children()) or "none"
-        raise UnsupportedBackboneError(
-            f"{type(model).__name__} has the children {children}; expected one of: {families}. "
-            "Give the model timm's forward_features, forward_head and get_classifier, or build "
-            "it as children in order around one nn.AdaptiveAvgPool2d(1)."
-        )
-    return found
+    """Adapters that recognise the parts of `model`, best first; never empty."""
+    adapters = (*_registered, *_installed(), *ADAPTERS)
+    return [adapter(model) for adapter in adapters if adapter.recognises(model)]

@@ -132,8 +132,9 @@ def _mask_error(
             ).bool()
             mask[..., :num_prefix] = False
         tokens = torch.cat((remaining.prefix, remaining.patches), dim=1)
-        encoded = backbone.encode(tokens, remaining.rotary, mask)[:, num_prefix:]
-        expected.append(encoded.mean(dim=1))
+        encoded = backbone.encode(tokens, remaining.rotary, mask)
+        everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
+        expected.append(backbone.weigh(encoded, everyone, num_prefix).mean(dim=1))
     gathered = torch.stack(expected, dim=1)
     return max(
         _largest(backbone.present_means(images, coalitions, paired=paired) - gathered)

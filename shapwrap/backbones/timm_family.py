@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shapwrap._types import PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, Normalization
+from shapwrap.backbones.classifiers import linear_part
+from shapwrap.backbones.whole_model import mean_output
 
 
 class TimmFamily(Backbone):
@@ -17,6 +18,15 @@ class TimmFamily(Backbone):
 
     model: Any
 
+    @property
+    def trunk(self) -> Any:
+        """The timm model itself, for models that hold one."""
+        return self.model
+
+    def project(self, hidden: PreLogits) -> PreLogits:
+        """What comes after the timm model, before any classifier: nothing."""
+        return hidden
+
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
         """Whether the model has timm's public methods."""
@@ -25,21 +35,31 @@ class TimmFamily(Backbone):
 
     def classifiers(self) -> Sequence[nn.Module]:
         """The pretrained classifiers; a distilled model has two."""
-        found = self.model.get_classifier()
+        found = self.trunk.get_classifier()
         modules = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
-        return [m for m in modules if m is not None and not isinstance(m, nn.Identity)]
+        real = [m for m in modules if m is not None and any(True for _ in m.parameters())]
+        return [linear_part(module) for module in real]
 
     def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """The pretrained head on feature maps that hold one vector everywhere."""
         return self.head_before_classifier(self.constant_map(pooled))
 
     def head_before_classifier(self, feature_map: Tensor) -> PreLogits:
-        """Timm's `forward_head` without its classifier."""
-        pooled = self.model.forward_head(feature_map, pre_logits=True)
-        if isinstance(pooled, tuple):
-            # A distilled model pools its two tokens apart and averages the two logits.
-            pooled = torch.stack(pooled).mean(dim=0)
-        return pooled.flatten(1)
+        """Timm's `forward_head` without its classifier; of an encoder that has none, the mean."""
+        try:
+            pooled = self.trunk.forward_head(feature_map, pre_logits=True)
+        except NotImplementedError:
+            pooled = self.mean_of_map(feature_map)
+        # A distilled model pools its two tokens apart and averages the two logits.
+        return self.project(mean_output(pooled).flatten(1))
+
+    def class_scores(self, pooled: PooledFeatures) -> Tensor:
+        """Timm's `forward_head`, with a classifier of whatever kind."""
+        return mean_output(self.trunk.forward_head(self.constant_map(pooled)))
+
+    def mean_of_map(self, feature_map: Tensor) -> PooledFeatures:
+        """Mean over the patches of a feature map in the model's own layout."""
+        raise NotImplementedError
 
     def constant_map(self, pooled: PooledFeatures) -> Tensor:
         """A feature map, in the model's own layout, that holds `pooled` at every place."""
@@ -47,11 +67,11 @@ class TimmFamily(Backbone):
 
     def classifier_dropout(self) -> float:
         """Timm's `drop_rate`, applied to the input of the classifier."""
-        return float(getattr(self.model, "drop_rate", 0.0) or 0.0)
+        return float(getattr(self.trunk, "drop_rate", 0.0) or 0.0)
 
     def image_size(self) -> tuple[int, int]:
         """The size of the patch embedding, else of the pretrained weights."""
-        built_for = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        built_for = getattr(getattr(self.trunk, "patch_embed", None), "img_size", None)
         if built_for is not None:
             return int(built_for[0]), int(built_for[1])
         size = self._configuration().get("input_size") or (3, 224, 224)
@@ -71,13 +91,13 @@ class TimmFamily(Backbone):
 
         classifiers = self.classifiers()
         pretrained_classes = self._configuration().get("num_classes")
-        if not classifiers or getattr(self.model, "num_classes", None) != pretrained_classes:
+        if not classifiers or getattr(self.trunk, "num_classes", None) != pretrained_classes:
             return None
-        subset = infer_imagenet_subset(self.model)
+        subset = infer_imagenet_subset(self.trunk)
         if subset is None:
             return None
         names = ImageNetInfo(subset).label_descriptions()
         return [name.split(",")[0] for name in names]
 
     def _configuration(self) -> dict[str, Any]:
-        return getattr(self.model, "pretrained_cfg", None) or {}
+        return getattr(self.trunk, "pretrained_cfg", None) or {}

@@ -1,11 +1,12 @@
 """timm models with a feature map: convolutional, windowed, hybrid, and any token model."""
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from shapwrap._types import Grid, Images, PooledFeatures
+from shapwrap._types import Grid, Images, PatchFeatures, PatchMask, PooledFeatures, PreLogits
+from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import FeatureMap
+from shapwrap.backbones.layout import grid_of_tokens, patches_of_map
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.errors import UnsupportedBackboneError
 
@@ -21,15 +22,57 @@ class TimmMaps(TimmFamily):
         return super().recognises(model) and hasattr(model, "num_features")
 
     def features(self, images: Images) -> FeatureMap:
-        """Patch features, row by row, whatever the layout of the map."""
+        """Patch features, row by row, whatever the layout of the map.
+
+        Raises:
+            UnsupportedBackboneError: The model returns its class tokens alone.
+        """
+        patches, grid = self._patches(images, None)
+        if patches.shape[1] == 1 and min(images.shape[-2:]) > 64:
+            raise UnsupportedBackboneError(
+                f"forward_features of {type(self.trunk).__name__} returned one feature vector for "
+                "the whole image; expected one for each patch."
+            )
+        return FeatureMap(patches, grid)
+
+    def _patches(self, images: Images, present: PatchMask | None) -> FeatureMap:
         feature_map = self._map(images)
         if feature_map.ndim == 3:
             patches = feature_map[:, self._num_prefix() :]
             return FeatureMap(patches, self._token_grid(images, patches.shape[1]))
-        if not self._channels_last(feature_map):
-            feature_map = rearrange(feature_map, "b d h w -> b h w d")
-        grid = (feature_map.shape[1], feature_map.shape[2])
-        return FeatureMap(rearrange(feature_map, "b h w d -> b (h w) d"), grid)
+        patches, grid = patches_of_map(feature_map, channels_last=self._channels_last(feature_map))
+        if present is None:
+            present = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        pooling = self._map_pooling()
+        return FeatureMap(pooling.features(patches, present, grid) if pooling else patches, grid)
+
+    def original(self, images: Images) -> tuple[PreLogits, Tensor]:
+        """Input of the classifier and output of the model."""
+        hidden, output = super().original(images)
+        if pooling := self._map_pooling():
+            # The projection runs on every token, of which the first alone is read.
+            hidden = hidden[:, : pooling.layer.embed_dim]
+        return hidden, output
+
+    def masked_features(self, images: Images, present: PatchMask) -> PatchFeatures:
+        """Patch features of masked images; attention pooling weighs the present patches alone."""
+        return self._patches(images, present).features
+
+    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
+        """The layers between pooling and classifier: none after attention pooling of a map."""
+        return self.project(pooled) if self._map_pooling() else super().pre_logits(pooled)
+
+    def _map_pooling(self) -> MapPooling | None:
+        head = getattr(self.trunk, "head", None)
+        if head is None or not MapPooling.recognises(head):
+            return None
+        return MapPooling(head)
+
+    def mean_of_map(self, feature_map: Tensor) -> PooledFeatures:
+        """Mean over the patches, in the layout of the last map that was made."""
+        if feature_map.ndim == 3:
+            return feature_map[:, self._num_prefix() :].mean(dim=1)
+        return feature_map.mean(dim=(1, 2) if self._layout == "channels last" else (2, 3))
 
     def constant_map(self, pooled: PooledFeatures) -> Tensor:
         """A 1 x 1 map, or a token sequence whose tokens are all equal."""
@@ -52,7 +95,7 @@ class TimmMaps(TimmFamily):
     _layout: str = "channels first"
 
     def _map(self, images: Images) -> Tensor:
-        feature_map = self.model.forward_features(images)
+        feature_map = self.trunk.forward_features(images)
         if not isinstance(feature_map, Tensor) or feature_map.ndim not in (3, 4):
             came = (
                 f"shape {tuple(feature_map.shape)}"
@@ -60,7 +103,7 @@ class TimmMaps(TimmFamily):
                 else type(feature_map).__name__
             )
             raise UnsupportedBackboneError(
-                f"forward_features of {type(self.model).__name__} returned {came}; expected one "
+                f"forward_features of {type(self.trunk).__name__} returned {came}; expected one "
                 "map [B, D, h, w], [B, h, w, D] or [B, tokens, D]. A backbone with several maps "
                 "has no single patch grid."
             )
@@ -72,32 +115,24 @@ class TimmMaps(TimmFamily):
         return feature_map
 
     def _channels_last(self, feature_map: Tensor) -> bool:
-        stated = getattr(self.model, "output_fmt", None)
+        stated = getattr(self.trunk, "output_fmt", None)
         if stated is not None:
             return str(getattr(stated, "value", stated)).upper() == "NHWC"
         return (
-            feature_map.shape[-1] == self.model.num_features
-            and feature_map.shape[1] != self.model.num_features
+            feature_map.shape[-1] == self.trunk.num_features
+            and feature_map.shape[1] != self.trunk.num_features
         )
 
     def _num_prefix(self) -> int:
-        return int(getattr(self.model, "num_prefix_tokens", 0))
+        return int(getattr(self.trunk, "num_prefix_tokens", 0))
 
     def _token_grid(self, images: Images, num_patches: int) -> Grid:
         height, width = images.shape[-2:]
-        embedding = getattr(self.model, "patch_embed", None)
+        embedding = getattr(self.trunk, "patch_embed", None)
         stated = getattr(embedding, "dynamic_feat_size", None)
         if callable(stated):
             rows, columns = stated((height, width))  # pyright: ignore[reportGeneralTypeIssues]
             if rows * columns == num_patches:
                 return rows, columns
         # Later stages halve both sides, so their grid has the aspect ratio of the image.
-        for rows in range(1, num_patches + 1):
-            columns = num_patches // rows
-            if rows * columns == num_patches and rows * width == columns * height:
-                return rows, columns
-        raise UnsupportedBackboneError(
-            f"{type(self.model).__name__} makes {num_patches} patches of {height} x {width} pixels "
-            "and does not say how many rows; expected a patch_embed with dynamic_feat_size, or "
-            "patches that form a grid of the image's aspect ratio."
-        )
+        return grid_of_tokens(num_patches, (height, width), type(self.trunk).__name__)

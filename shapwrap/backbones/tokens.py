@@ -8,7 +8,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Coalitions, Grid, Images
+from shapwrap._types import Coalitions, Grid, Images, PatchFeatures, PatchMask
+from shapwrap.backbones.attention_pooling import Part
 from shapwrap.backbones.base import Backbone, FeatureMap
 from shapwrap.errors import ArgumentError
 from shapwrap.masking.attention import (
@@ -83,13 +84,26 @@ class TokenBackbone(Backbone):
 
     def features(self, images: Images) -> FeatureMap:
         """Patch features of the whole image."""
-        sequence = self.embed(images)
-        tokens, rotary, num_prefix = self._assemble(sequence, copies=1)
-        mask = None
-        if num_prefix and self.prefix_tokens == "drop":
-            mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
-        encoded = self.encode(tokens, rotary, mask)
-        return FeatureMap(encoded[:, num_prefix:], sequence.grid)
+        encoded, sequence, num_prefix = self._encoded(images)
+        everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
+        return FeatureMap(self.weigh(encoded, everyone, num_prefix), sequence.grid)
+
+    def weigh(self, tokens: Tokens, part: Part, num_prefix: int) -> PatchFeatures:
+        """Patch features whose mean is what the head reads; by default the patch tokens.
+
+        Args:
+            tokens: All tokens after the final norm.
+            part: Two parts of the tokens that know nothing of each other; a head that weighs
+                tokens against each other does so within each part.
+            num_prefix: Tokens at the start that are no patches.
+        """
+        return tokens[:, num_prefix:]
+
+    def masked_features(self, images: Images, present: PatchMask) -> PatchFeatures:
+        """Patch features of images whose absent patches are zeroed."""
+        encoded, _, num_prefix = self._encoded(images)
+        part = torch.cat((present.new_ones(len(present), num_prefix), present), dim=1)
+        return self.weigh(encoded, part, num_prefix)
 
     def present_means(
         self, images: Images, coalitions: Coalitions, *, paired: bool
@@ -104,14 +118,22 @@ class TokenBackbone(Backbone):
         """
         # The complements of a pair need no pass of their own.
         run = coalitions[:, 0::2] if paired else coalitions
-        features = self._masked_features(images, run, paired=paired)
+        features = self._removed_features(images, run, paired=paired)
         present = rearrange(run, "b s n -> (b s) 1 n")
         if paired:
             present = torch.cat((present, ~present), dim=1)
         means = present_means(features, present)
         return rearrange(means, "(b s) parts d -> b (s parts) d", b=images.shape[0])
 
-    def _masked_features(
+    def _encoded(self, images: Images) -> tuple[Tokens, TokenSequence, int]:
+        sequence = self.embed(images)
+        tokens, rotary, num_prefix = self._assemble(sequence, copies=1)
+        mask = None
+        if num_prefix and self.prefix_tokens == "drop":
+            mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
+        return self.encode(tokens, rotary, mask), sequence, num_prefix
+
+    def _removed_features(
         self, images: Images, coalitions: Coalitions, *, paired: bool
     ) -> Float[Tensor, "items patches features"]:
         sequence = self.embed(images)
@@ -122,7 +144,11 @@ class TokenBackbone(Backbone):
         build = pair_mask if paired else removal_mask
         mask = build(present, one_copy, keep_prefix=keep)
         tokens = repeat(tokens, "b t d -> (b s) t d", s=coalitions.shape[1])
-        return self.encode(tokens, rotary, mask)[:, num_prefix:]
+        prefix = present.new_ones(len(present), one_copy)
+        # A second copy of the prefix belongs to the complement.
+        prefixes = [prefix, ~prefix] if num_prefix > one_copy else [prefix]
+        part = torch.cat((*prefixes, present), dim=1)
+        return self.weigh(self.encode(tokens, rotary, mask), part, num_prefix)
 
     def _assemble(self, sequence: TokenSequence, copies: int) -> tuple[Tokens, Tensor | None, int]:
         """Sequence for the blocks, its rotary positions and the length of its prefix.

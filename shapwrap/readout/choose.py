@@ -33,7 +33,7 @@ def choose_readout(
         pre_logits: The layers between pooling and classifier.
         modules: Where their submodules can be found.
         like: Pooled features [M, D], M >= 1, of the kind that the layers get.
-        requested: "auto", "affine", "shared-norm" or "gap".
+        requested: "auto" or a readout's name.
 
     Raises:
         ReadoutError: Unknown, or not exact for this head.

@@ -1,23 +1,62 @@
-"""The last linear layer: from what a patch says to what it is worth for each class."""
+"""The last layer: from what a patch says to what it is worth for each class."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from shapwrap._types import PatchScores
+from shapwrap.backbones.classifiers import is_linear
 from shapwrap.errors import ReadoutError
 from shapwrap.masking.pooling import compute_dtype
 
 
-class LinearClassifier:
-    """One linear layer, or the average of several (distilled models), in float32.
+class Classifier(ABC):
+    """An affine map from scores [..., D'] to classes [..., K], looked up on the model at each call.
 
-    The layers are looked up at each call, so replacing the model's classifier keeps working.
+    Replacing the model's classifier therefore keeps working.
     """
 
     def __init__(self, layers: Callable[[], Sequence[nn.Module]]):
         self._layers = layers
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """K."""
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """D', the width of what the classifier reads."""
+
+    @abstractmethod
+    def __call__(self, scores: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes classes"]:
+        """Class scores, bias included."""
+
+    @abstractmethod
+    def of_target(
+        self,
+        scores: PatchScores,
+        target: Int[Tensor, " batch"],
+        *,
+        contrast: bool,
+    ) -> Float[Tensor, "batch patches"]:
+        """Scores of one class an image; with `contrast`, minus the mean over classes."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Weights and biases, for a learning rate of their own."""
+        return [parameter for layer in self._layers() for parameter in layer.parameters()]
+
+
+class LinearClassifier(Classifier):
+    """One linear layer, or the average of several (distilled models), in float32."""
+
+    def __init__(self, layers: Callable[[], Sequence[nn.Module]]):
+        super().__init__(layers)
         self.weight_and_bias()
 
     def weight_and_bias(
@@ -46,26 +85,70 @@ class LinearClassifier:
         """D', the width of what the classifier reads."""
         return _linear_form(self._layers()[0])[0].shape[1]
 
-    def __call__(self, features: Float[Tensor, "*axes features"]) -> Float[Tensor, "*axes classes"]:
+    def __call__(self, scores: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes classes"]:
         """Class scores, bias included."""
         weight, bias = self.weight_and_bias()
-        return functional.linear(features, weight.to(features.dtype), bias.to(features.dtype))
+        return functional.linear(scores, weight.to(scores.dtype), bias.to(scores.dtype))
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases, for a learning rate of their own."""
-        return [parameter for layer in self._layers() for parameter in layer.parameters()]
+    def of_target(
+        self,
+        scores: PatchScores,
+        target: Int[Tensor, " batch"],
+        *,
+        contrast: bool,
+    ) -> Float[Tensor, "batch patches"]:
+        """Scores of one class an image, from one row of the weights."""
+        weight, bias = self.weight_and_bias(target)
+        if contrast:
+            all_weights, all_biases = self.weight_and_bias()
+            weight, bias = weight - all_weights.mean(dim=0), bias - all_biases.mean()
+        weight, bias = weight.to(scores.dtype), bias.to(scores.dtype)
+        return torch.einsum("bnd,bd->bn", scores, weight) + bias[:, None]
+
+
+class ClassScores(Classifier):
+    """No layer: the patch scores are class scores already, D' = K.
+
+    For a classifier that is more than one linear layer, which then belongs to the layers before.
+    """
+
+    def __init__(self, layers: Callable[[], Sequence[nn.Module]], num_classes: int):
+        super().__init__(layers)
+        self._num_classes = num_classes
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self._num_classes
+
+    @property
+    def num_features(self) -> int:
+        """K."""
+        return self._num_classes
+
+    def __call__(self, scores: Float[Tensor, "*axes hidden"]) -> Float[Tensor, "*axes classes"]:
+        """The scores."""
+        return scores
+
+    def of_target(
+        self,
+        scores: PatchScores,
+        target: Int[Tensor, " batch"],
+        *,
+        contrast: bool,
+    ) -> Float[Tensor, "batch patches"]:
+        """Scores of one class an image."""
+        chosen = scores[torch.arange(len(scores), device=scores.device), :, target]
+        return chosen - scores.mean(dim=-1) if contrast else chosen
 
 
 def _linear_form(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    if isinstance(layer, nn.Linear):
-        weight = layer.weight
-    elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1:
-        weight = layer.weight.flatten(1)
-    else:
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or not is_linear(layer):
         raise ReadoutError(
             f"the classifier is {type(layer).__name__}; expected nn.Linear or a 1 x 1 nn.Conv2d. "
             "Pass head=nn.Linear(features, classes) to train another one."
         )
+    weight = layer.weight.flatten(1)
     weight = weight.to(compute_dtype(weight))
     bias = weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.to(weight.dtype)
     return weight, bias

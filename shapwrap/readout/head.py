@@ -1,27 +1,42 @@
 """The pretrained head in three parts: layers after pooling, readout, classifier."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from shapwrap._types import PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone
-from shapwrap.errors import MissingHeadError
+from shapwrap.backbones.classifiers import is_linear
+from shapwrap.backbones.whole_model import WholeModel
+from shapwrap.errors import MissingHeadError, ReadoutError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
 from shapwrap.readout.choose import choose_readout
-from shapwrap.readout.classifier import LinearClassifier, check_head, split_head
-from shapwrap.readout.readouts import Readout
+from shapwrap.readout.classifier import (
+    Classifier,
+    ClassScores,
+    LinearClassifier,
+    check_head,
+    split_head,
+)
+from shapwrap.readout.readouts import EfficiencyGapReadout, Readout
 from shapwrap.readout.trace import RanLayer, layers_that_run
 
 
 class PreLogitLayers:
-    """Everything between pooling and classifier, without dropout, in at least float32."""
+    """Everything between pooling and classifier, without dropout, in at least float32.
 
-    def __init__(self, backbone: Backbone, head: nn.Module | None, like: PooledFeatures):
+    With `complete`, the classifier is part of it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: nn.Module | None, like: PooledFeatures, *, complete: bool
+    ):
         self.backbone = backbone
         self.head = head
+        self.complete = complete
         self._layers: list[RanLayer] = []
         owners = [backbone.model, *([head] if head is not None else [])]
         self._layers = layers_that_run(lambda: self(like), owners)
@@ -41,8 +56,11 @@ class PreLogitLayers:
         precision = pooled.dtype
         layers = [layer.module() for layer in self._layers]
         with evaluation_mode([self.backbone.model, *layers]):
-            hidden = self.backbone.pre_logits(pooled.to(self.backbone.parameter.dtype))
-            hidden = self.after_model(hidden)
+            pooled = pooled.to(self.backbone.parameter.dtype)
+            if self.complete:
+                hidden = self.backbone.class_scores(pooled)
+            else:
+                hidden = self.after_model(self.backbone.pre_logits(pooled))
         return hidden.to(precision)
 
 
@@ -75,11 +93,52 @@ class Head:
     ):
         if head is not None:
             check_head(head)
-        self.classifier = LinearClassifier(ClassifierLayers(backbone, head))
-        self.pre_logits = PreLogitLayers(backbone, head, like)
-        owners = [backbone.model, *([head] if head is not None else [])]
-        self.readout: Readout = choose_readout(self.pre_logits, owners, like, readout)
+        layers = ClassifierLayers(backbone, head)
+        complete = not all(is_linear(layer) for layer in layers())
+        if backbone.gives_logits:
+            complete = True
+            if head is not None:
+                raise ReadoutError(
+                    f"head= cannot replace the classifier of {type(backbone.model).__name__}, "
+                    "which is no single linear layer at its end; expected one. Build the model "
+                    "for the classes that you want, and leave head= and num_classes= out."
+                )
+        self.pre_logits = PreLogitLayers(backbone, head, like, complete=complete)
+        if complete:
+            num_classes = self.pre_logits(like).shape[1]
+            self.classifier: Classifier = ClassScores(layers, num_classes)
+        else:
+            self.classifier = LinearClassifier(layers)
+        self.patch_layer: nn.Linear | None = None
+        if isinstance(backbone, WholeModel):
+            self.readout: Readout = self._share_output(backbone, like, readout)
+        else:
+            owners = [backbone.model, *([head] if head is not None else [])]
+            self.readout = choose_readout(self.pre_logits, owners, like, readout)
         self.dropout = backbone.classifier_dropout() if head is None else _head_dropout(head)
+        if complete:
+            # Its place is between layers that are run as one.
+            self.dropout = 0.0
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the patch scores are class scores, the classifier being part of the layers."""
+        return isinstance(self.classifier, ClassScores)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the classifier, and of the layer that shares out its output."""
+        shared = [] if self.patch_layer is None else list(self.patch_layer.parameters())
+        return self.classifier.parameters() + shared
+
+    def _share_output(self, backbone: WholeModel, like: PooledFeatures, readout: str) -> Readout:
+        if readout not in ("auto", EfficiencyGapReadout.name):
+            raise ReadoutError(
+                f"readout={readout!r} is not exact for {type(backbone.model).__name__}, whose head "
+                "reads no mean of its patches. Use readout='auto', or 'efficiency-gap'."
+            )
+        width = backbone.own_width(like)
+        self.patch_layer = new_layer(backbone, width, self.classifier.num_features, bias=False)
+        return EfficiencyGapReadout(self.pre_logits, width, self.patch_layer)
 
     def draw_dropout(self, features: PatchFeatures, *, training: bool) -> Tensor | None:
         """One draw of dropout an image, [B, 1, D'], for all its patches and coalitions.
@@ -96,11 +155,17 @@ class Head:
 
 def new_head(backbone: Backbone, features: int, num_classes: int) -> nn.Linear:
     """A linear head that starts at zero, where the model lies: no random draw, no bias to undo."""
-    parameter = backbone.parameter
-    head = nn.Linear(features, num_classes, device=parameter.device, dtype=parameter.dtype)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+    return new_layer(backbone, features, num_classes, bias=True)
+
+
+def new_layer(backbone: Backbone, features: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """A linear layer of zeros, where the model lies."""
+    # Made without values: the usual initialisation would move the global random state.
+    layer: Any = nn.utils.skip_init(nn.Linear, features, outputs, bias=bias)
+    layer = layer.to(backbone.parameter)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def _head_dropout(head: nn.Module) -> float:

@@ -11,11 +11,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
 from shapwrap._types import PatchFeatures, PatchScores, PooledFeatures, PreLogits
 
-ReadoutName = Literal["affine", "shared-norm", "gap"]
+ReadoutName = Literal["affine", "shared-norm", "gap", "efficiency-gap"]
 
 PreLogitFunction = Callable[[PooledFeatures], PreLogits]
 
@@ -107,6 +108,28 @@ class GapReadout(Readout):
         alone = self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         gap = self.pooled(features.mean(dim=1))[:, None] - alone.mean(dim=1, keepdim=True)
         return alone + gap
+
+
+class EfficiencyGapReadout(Readout):
+    """A head that no layers on a mean describe: a layer of its own shares its output out.
+
+    z_n = f + G e_n - mean_m G e_m, where f stands for the whole image and the linear layer G starts
+    at zero: until it is trained, every patch gets the same share.
+    """
+
+    name = "efficiency-gap"
+
+    def __init__(self, pre_logits: PreLogitFunction, own_width: int, layer: nn.Linear):
+        super().__init__(pre_logits)
+        self._own_width = own_width
+        self._layer = layer
+
+    @override
+    def patch_scores(self, features: PatchFeatures) -> PatchScores:
+        own = features[..., : self._own_width]
+        centred = own - own.mean(dim=1, keepdim=True)
+        weight = self._layer.weight.to(features.dtype)
+        return self.pooled(features.mean(dim=1))[:, None] + functional.linear(centred, weight)
 
 
 def _epsilon(norm: nn.Module, like: Tensor) -> float:

@@ -88,13 +88,8 @@ def target_values(
     *,
     contrast: bool,
 ) -> Float[Tensor, "batch patches"]:
-    """Phi of one class an image, [B, N], from one row of W; with `contrast`, minus class mean."""
-    weight, bias = head.classifier.weight_and_bias(target)
-    if contrast:
-        all_weights, all_biases = head.classifier.weight_and_bias()
-        weight, bias = weight - all_weights.mean(dim=0), bias - all_biases.mean()
-    weight, bias = weight.to(scores.dtype), bias.to(scores.dtype)
-    return (torch.einsum("bnd,bd->bn", scores, weight) + bias[:, None]) / scores.shape[1]
+    """Phi of one class an image, [B, N]; with `contrast`, minus the mean over classes."""
+    return head.classifier.of_target(scores, target, contrast=contrast) / scores.shape[1]
 
 
 def spread_evenly(logits: Logits, coalitions: Coalitions) -> CoalitionValues:
