@@ -253,8 +253,8 @@ def _check_pooling(backbone: Backbone, what: str, original: Tensor, replayed: Te
         raise UnsupportedBackboneError(
             f"{type(backbone.model).__name__} ({backbone.family}) does not read the mean of its "
             f"patches, or does more than its parts in their order: running the parts and reading "
-            f"the mean changes {what} by {error:.2g}. Build the model with average pooling "
-            "(timm: global_pool='avg'), or, for a token model, with a class token."
+            f"the mean changes {what} by {error:.2g}. Leave head= and readout= out to keep the "
+            "model's own head whole, or pass features= whose mean it reads."
         )
 
 

@@ -109,6 +109,7 @@ class GivenFeatures(WholeModel):
     """Features as given; the logits are what the model returns."""
 
     family = "features as given, head kept whole"
+    gives_logits = True
 
     def __init__(self, model: nn.Module, features: Features):
         super().__init__(model)
@@ -131,8 +132,8 @@ class GivenFeatures(WholeModel):
         return patches, output
 
     def classifiers(self) -> Sequence[nn.Module]:
-        """The model itself: it makes the logits."""
-        return [self.model]
+        """None that is known: the model returns logits."""
+        return []
 
     def original(self, images: Images) -> tuple[PreLogits, Tensor]:
         """The output of the model, twice."""

@@ -1,6 +1,7 @@
 """Models of unknown structure, read while they run: the last map, and what the classifier reads."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,24 @@ from shapwrap.backbones.whole_model import WholeModel, mean_output
 from shapwrap.errors import UnsupportedBackboneError
 
 
+MOST_PREFIX_TOKENS = 16
+"""More tokens than that beside the patches are no class tokens and registers."""
+
+
+class Place(NamedTuple):
+    """Where patch features are: a map [B, D, h, w], or tokens [B, prefix + h w, D] made of one."""
+
+    module: nn.Module
+    grid_of: nn.Module
+    num_prefix: int
+
+
 class Traced(Backbone):
     """What tracing finds; names of modules are kept, so that replaced ones are found."""
 
-    _map: str = ""
+    _features: str = ""
+    _grid: str = ""
+    _num_prefix: int = 0
     _classifier: str = ""
     _unused: Sequence[nn.Parameter] = ()
 
@@ -42,16 +57,20 @@ class Traced(Backbone):
                 f"{type(self.model).__name__} returned {came}; expected logits [B, K]. Pass "
                 "features= (a module name, or a function of the images) and head=."
             )
-        size = (images.shape[-2], images.shape[-1])
-        maps = [m for m in record.order if _is_map(record.outputs[m], size)]
-        if not maps:
+        places = _places(record, (images.shape[-2], images.shape[-1]))
+        if not places:
             raise UnsupportedBackboneError(
                 f"{type(self.model).__name__} makes no map [B, D, h, w]; expected one that its "
                 "head reads. Pass features= (a module name, or a function of the images that "
                 "returns a map, or patch tokens [B, N, D])."
             )
         self._classifier = self._find_classifier(record, names, output)
-        self._map = names[self._choose_map(record, maps, output)]
+        # Without a linear layer at its end, a model may as well be an encoder.
+        stated = getattr(self.model, "num_classes", None)
+        self.gives_logits = not self._classifier and stated == output.shape[1]
+        place = self._choose(record, places, output)
+        self._features, self._grid = names[place.module], names[place.grid_of]
+        self._num_prefix = place.num_prefix
         ran = {id(p) for m in record.outputs for p in m.parameters(recurse=False)}
         self._unused = [p for p in self.model.parameters() if id(p) not in ran]
 
@@ -67,24 +86,24 @@ class Traced(Backbone):
                 return ""
         return ""
 
-    def _choose_map(self, record: Recording, maps: list[nn.Module], output: Tensor) -> nn.Module:
-        """The last map; layers within a module come before it, so ties go to the outermost."""
-        return maps[-1]
+    def _choose(self, record: Recording, places: list[Place], output: Tensor) -> Place:
+        """The last place; layers within a module come before it, so ties go to the outermost."""
+        return places[-1]
 
-    def run(self, images: Images) -> tuple[Tensor, Tensor]:
-        """The map, and what stands for the whole image: the classifier's input, or the output."""
-        modules = [self.model.get_submodule(self._map)]
-        modules += [self.model.get_submodule(self._classifier)] if self._classifier else []
-        with recording(modules) as record:
+    def run(self, images: Images) -> tuple[FeatureMap, Tensor]:
+        """The patches, and what stands for the image: the classifier's input, or the output."""
+        features, grid_of = map(self.model.get_submodule, (self._features, self._grid))
+        with recording([features, grid_of, *self.classifiers()]) as record:
             output = self.model(images)
-        if self._classifier:
-            return record.outputs[modules[0]], record.inputs[modules[1]].flatten(1)
+        place = Place(features, grid_of, self._num_prefix)
+        for classifier in self.classifiers():
+            return _patches(record, place), record.inputs[classifier].flatten(1)
         # In train mode, models with auxiliary heads return their logits as one of several fields.
-        return record.outputs[modules[0]], mean_output(getattr(output, "logits", output))
+        return _patches(record, place), mean_output(getattr(output, "logits", output))
 
     def classifiers(self) -> Sequence[nn.Module]:
-        """The linear layer that makes the logits; the model itself where there is none."""
-        return [self.model.get_submodule(self._classifier) if self._classifier else self.model]
+        """The linear layer that makes the logits, if there is one."""
+        return [self.model.get_submodule(self._classifier)] if self._classifier else []
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Those of layers that run in training alone (auxiliary heads)."""
@@ -101,6 +120,30 @@ class Traced(Backbone):
     def ignores_patches(self, images: Images) -> bool:
         """Never: that a head reads the map is proved by its numbers."""
         return False
+
+
+def _places(record: Recording, size: tuple[int, int]) -> list[Place]:
+    """Where patch features may be, in the order in which they were made."""
+    places: list[Place] = []
+    grid_of: nn.Module | None = None
+    for module in dict.fromkeys(record.order):
+        output = record.outputs[module]
+        if _is_map(output, size):
+            grid_of = module
+            places.append(Place(module, module, 0))
+        elif grid_of is not None and isinstance(output, Tensor) and output.ndim == 3:
+            num_patches = record.outputs[grid_of].shape[-2:].numel()
+            if 0 <= (num_prefix := output.shape[1] - num_patches) <= MOST_PREFIX_TOKENS:
+                places.append(Place(module, grid_of, num_prefix))
+    return places
+
+
+def _patches(record: Recording, place: Place) -> FeatureMap:
+    features = record.outputs[place.module]
+    if place.module is place.grid_of:
+        return patches_of_map(features)
+    rows, columns = record.outputs[place.grid_of].shape[-2:]
+    return FeatureMap(features[:, place.num_prefix :], (rows, columns))
 
 
 def _is_map(output: object, size: tuple[int, int]) -> bool:
@@ -122,7 +165,7 @@ class TracedMean(Traced):
 
     def features(self, images: Images) -> FeatureMap:
         """The map whose mean is read."""
-        return patches_of_map(self.run(images)[0])
+        return self.run(images)[0]
 
     def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """The mean as it is."""
@@ -132,13 +175,13 @@ class TracedMean(Traced):
         """The mean as it is: the map holds class scores."""
         return pooled
 
-    def _choose_map(self, record: Recording, maps: list[nn.Module], output: Tensor) -> nn.Module:
-        if self._classifier:
-            output = record.inputs[self.model.get_submodule(self._classifier)].flatten(1)
-        for module in reversed(maps):
-            mean = record.outputs[module].mean(dim=(2, 3))
+    def _choose(self, record: Recording, places: list[Place], output: Tensor) -> Place:
+        for classifier in self.classifiers():
+            output = record.inputs[classifier].flatten(1)
+        for place in reversed(places):
+            mean = _patches(record, place).features.mean(dim=1)
             if mean.shape == output.shape and torch.allclose(mean, output, rtol=1e-4, atol=1e-5):
-                return module
+                return place
         raise UnsupportedBackboneError(
             f"no map of {type(self.model).__name__} has the mean that its classifier reads"
         )
@@ -150,6 +193,5 @@ class TracedWhole(Traced, WholeModel):
     family = "traced map, head kept whole"
 
     def map_and_output(self, images: Images) -> tuple[FeatureMap, Tensor]:
-        """The last map, and what stands for the whole image."""
-        feature_map, output = self.run(images)
-        return patches_of_map(feature_map), output
+        """The last patch features, and what stands for the whole image."""
+        return self.run(images)

@@ -155,13 +155,14 @@ def _linear_form(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def check_head(head: nn.Module) -> None:
-    """Raise unless `head` ends in a linear layer.
+    """Raise unless `head` ends in a linear layer, or is nn.Identity: class scores already.
 
     Raises:
         ReadoutError: It does not.
     """
     last = split_head(head)[1]
-    _linear_form(last)
+    if not isinstance(last, nn.Identity):
+        _linear_form(last)
 
 
 def split_head(head: nn.Module) -> tuple[list[nn.Module], nn.Module]:

@@ -57,7 +57,7 @@ class PreLogitLayers:
         layers = [layer.module() for layer in self._layers]
         with evaluation_mode([self.backbone.model, *layers]):
             pooled = pooled.to(self.backbone.parameter.dtype)
-            if self.complete:
+            if self.complete and self.head is None:
                 hidden = self.backbone.class_scores(pooled)
             else:
                 hidden = self.after_model(self.backbone.pre_logits(pooled))
@@ -76,11 +76,12 @@ class ClassifierLayers:
         if self.head is not None:
             return [split_head(self.head)[1]]
         layers = self.backbone.classifiers()
-        if not layers:
+        if not layers and not self.backbone.gives_logits:
             raise MissingHeadError(
-                f"{type(self.backbone.model).__name__} has no classifier (its get_classifier() "
-                "is empty or the identity); expected logits to explain. Pass "
-                "head=nn.Linear(features, classes), or num_classes= for a new one."
+                f"{type(self.backbone.model).__name__} has no classifier (none, or an empty one, "
+                "comes last); expected logits to explain. Pass head=nn.Linear(features, classes), "
+                "or num_classes= for a new one; if what it returns are class scores, "
+                "head=nn.Identity()."
             )
         return layers
 
