@@ -15,7 +15,6 @@ from shapwrap.backbones.recording import Recording, recording
 from shapwrap.backbones.whole_model import WholeModel, mean_output
 from shapwrap.errors import UnsupportedBackboneError
 
-
 MOST_PREFIX_TOKENS = 16
 """More tokens than that beside the patches are no class tokens and registers."""
 
