@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+import timm.models.beit
 import timm.models.convnext
 import timm.models.eva
 import timm.models.resnet
 import timm.models.vision_transformer
+import timm.models.vision_transformer_relpos
 import torch
 import torchvision
 from hypothesis import strategies as st
@@ -80,6 +82,38 @@ def _eva(**options):
     return make
 
 
+def _beit(**options):
+    def make(rows, columns):
+        model = timm.models.beit.Beit(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
+def _relpos(**options):
+    def make(rows, columns):
+        model = timm.models.vision_transformer_relpos.VisionTransformerRelPos(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
 def _torchvision_vit(rows, columns):
     model = torchvision.models.VisionTransformer(
         image_size=rows * 4,
@@ -143,6 +177,15 @@ BUILDERS = {
     "eva-class-token": _eva(global_pool="token"),
     "eva-average": _eva(global_pool="avg"),
     "eva-mixed-registers": _eva(global_pool="avg", rope_type="mixed", num_reg_tokens=2),
+    "beit-average": _beit(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.5),
+    "beit-class-token": _beit(global_pool="token", use_shared_rel_pos_bias=True, swiglu_mlp=True),
+    "relpos-average": _relpos(rel_pos_type="bias", fc_norm=True, qk_norm=True, init_values=0.5),
+    "relpos-class-token": _relpos(class_token=True, global_pool="token"),
+    "relpos-average-class-token": _relpos(
+        class_token=True,
+        shared_rel_pos=True,
+        block_fn=timm.models.vision_transformer_relpos.ResPostRelPosBlock,
+    ),
     "torchvision-vit": _torchvision_vit,
     "resnet": _resnet,
     "convnext": _convnext,
@@ -150,7 +193,8 @@ BUILDERS = {
     "own-nonlinear-head": _own_gap_head,
 }
 
-TOKEN_KINDS = [kind for kind in BUILDERS if "vit" in kind or "eva" in kind]
+TOKEN_FAMILIES = ("vit", "eva", "beit", "relpos")
+TOKEN_KINDS = [kind for kind in BUILDERS if any(family in kind for family in TOKEN_FAMILIES)]
 EXACT_KINDS = [kind for kind in BUILDERS if "class-token" not in kind or "average" in kind]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
 READOUTS = {
@@ -158,6 +202,8 @@ READOUTS = {
     "vit-average-class-token": "shared-norm",
     "eva-average": "shared-norm",
     "eva-mixed-registers": "shared-norm",
+    "beit-average": "shared-norm",
+    "relpos-average": "shared-norm",
     "convnext": "shared-norm",
     "own-nonlinear-head": "gap",
 }

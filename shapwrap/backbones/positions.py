@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PairBias = Float[Tensor, "#items heads queries keys"]
+PairBias = Float[Tensor, "#items heads _ _"]
 """What is added to the attention of each pair of tokens."""
 
 
@@ -63,7 +63,9 @@ class PairPositions(Positions):
     prefix_has_slots = False
 
     @classmethod
-    def of_whole_sequence(cls, num_prefix: int, num_patches: int, device: torch.device) -> "PairPositions":
+    def of_whole_sequence(
+        cls, num_prefix: int, num_patches: int, device: torch.device
+    ) -> "PairPositions":
         """Places of all tokens, prefix first."""
         places = torch.arange(num_prefix + num_patches, device=device)
         return cls(places[:num_prefix], places[num_prefix:])

@@ -4,12 +4,21 @@ from torch import nn
 
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.pooled_children import PooledChildren
+from shapwrap.backbones.timm_beit import TimmBeit
 from shapwrap.backbones.timm_maps import TimmMaps
+from shapwrap.backbones.timm_relpos import TimmRelPos
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
 from shapwrap.errors import UnsupportedBackboneError
 
-ADAPTERS: tuple[type[Backbone], ...] = (TimmTokens, TorchvisionTokens, TimmMaps, PooledChildren)
+ADAPTERS: tuple[type[Backbone], ...] = (
+    TimmTokens,
+    TimmBeit,
+    TimmRelPos,
+    TorchvisionTokens,
+    TimmMaps,
+    PooledChildren,
+)
 """In order of preference: the first that recognises a model and passes its tests is used."""
 
 

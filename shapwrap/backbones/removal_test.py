@@ -44,7 +44,9 @@ def check_removal(backbone: TokenBackbone, images: Images) -> None:
     permuted = _encode(backbone, sequence.take(order))[:, num_prefix:]
     errors = {
         "permuting patch tokens permutes its output": _largest(permuted - patches[:, order]),
-        "masking attention equals removing tokens": _mask_error(backbone, images, kept, num_patches),
+        "masking attention equals removing tokens": _mask_error(
+            backbone, images, kept, num_patches
+        ),
     }
     for fact, error in errors.items():
         if not error <= allowed:
@@ -103,9 +105,7 @@ def _check_local(backbone: TokenBackbone, images: Images, grid: Grid, name: str)
         )
 
 
-def _mask_error(
-    backbone: TokenBackbone, images: Images, kept: Tensor, num_patches: int
-) -> float:
+def _mask_error(backbone: TokenBackbone, images: Images, kept: Tensor, num_patches: int) -> float:
     """Masked passes against gathered tokens, for the kept half, paired and not."""
     present = torch.zeros(num_patches, dtype=torch.bool, device=images.device)
     present[kept] = True

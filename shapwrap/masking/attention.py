@@ -48,3 +48,10 @@ def hidden_prefix_mask(num_prefix: int, num_patches: int, device: torch.device) 
     keys = torch.ones(num_prefix + num_patches, dtype=torch.bool, device=device)
     keys[:num_prefix] = False
     return keys[None, None, None]
+
+
+def masked_bias(bias: Tensor | None, mask: AttentionMask | None) -> Tensor | None:
+    """One tensor for `scaled_dot_product_attention`: the bias, minus infinity where masked."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return torch.where(mask, bias, bias.new_full((), -torch.inf))
