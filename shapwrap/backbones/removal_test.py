@@ -21,8 +21,8 @@ def check_removal(backbone: TokenBackbone, images: Images) -> None:
 
     Four facts are tested on `images`. The adapter's parts replay the model's own forward pass;
     the token of a present patch depends on pixels of present patches alone; permuting patch tokens,
-    with their positions, permutes the output (nothing but global attention mixes them); and the attention
-    mask in use equals physically gathering the tokens.
+    with their positions, permutes the output (nothing but global attention mixes them); and the
+    attention mask in use equals physically gathering the tokens.
 
     Raises:
         MaskingError: Which of the four fails, by how much.

@@ -46,8 +46,9 @@ class TimmTokens(TokenBackbone, TimmMaps):
 
     def _check_divisible(self, images: Images) -> None:
         """Rows and columns that no patch covers would be drawn as if patches had seen them."""
-        patch = getattr(self.model.patch_embed, "patch_size", None)
-        padded = getattr(self.model.patch_embed, "dynamic_img_pad", False)
+        embedding = self._patch_embedding()
+        patch = getattr(embedding, "patch_size", None)
+        padded = getattr(embedding, "dynamic_img_pad", False)
         if patch is None or padded:
             return
         height, width = images.shape[-2:]
@@ -64,8 +65,7 @@ class TimmTokens(TokenBackbone, TimmMaps):
         """All blocks and the final norm."""
         model: Any = self.model
         rotary = positions.angles if isinstance(positions, RotaryPositions) else None
-        # Positions that are learned in each block come with a leading axis over the blocks.
-        per_block = bool(getattr(model, "rope_mixed", False)) and rotary is not None
+        per_block = self._rotary_per_block()
         for index, block in enumerate(model.blocks):
             arguments: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
             if rotary is not None:
@@ -73,9 +73,25 @@ class TimmTokens(TokenBackbone, TimmMaps):
             tokens = self._run(block, tokens, **arguments)
         return model.norm(tokens)
 
+    @property
+    def trunk(self) -> Any:
+        """The module that holds embedding and blocks."""
+        return self.model
+
+    def in_channels(self) -> int:
+        """What the model was built for; its patch embedding need not be a convolution."""
+        return int(getattr(self.model, "in_chans", 0)) or super().in_channels()
+
+    def _patch_embedding(self) -> Any:
+        return self.trunk.patch_embed
+
+    def _rotary_per_block(self) -> bool:
+        """Positions that are learned in each block come with a leading axis over the blocks."""
+        return bool(getattr(self.model, "rope_mixed", False))
+
     def _run(self, layer: Callable[..., Tokens], *arguments: Any, **options: Any) -> Tokens:
         """One layer, under the model's own gradient checkpointing."""
-        if getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled():
+        if getattr(self.trunk, "grad_checkpointing", False) and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False, **options)
         return layer(*arguments, **options)
 

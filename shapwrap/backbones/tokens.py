@@ -22,6 +22,7 @@ from shapwrap.masking.pooling import present_means
 
 PrefixTokens = Literal["drop", "keep"]
 Tokens = Float[Tensor, "items tokens features"]
+EncodedTokens = Float[Tensor, "items tokens encoded"]
 
 
 class TokenSequence(NamedTuple):
@@ -77,8 +78,8 @@ class TokenBackbone(Backbone):
     @abstractmethod
     def encode(
         self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None
-    ) -> Tokens:
-        """All blocks and the final norm."""
+    ) -> EncodedTokens:
+        """All blocks and the final norm: one token out for each token in."""
 
     @abstractmethod
     def original_tokens(self, images: Images) -> Tokens:

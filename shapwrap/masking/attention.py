@@ -55,3 +55,13 @@ def masked_bias(bias: Tensor | None, mask: AttentionMask | None) -> Tensor | Non
     if bias is None or mask is None:
         return mask if bias is None else bias
     return torch.where(mask, bias, bias.new_full((), -torch.inf))
+
+
+def mask_of_members(
+    mask: AttentionMask | None, size: int
+) -> Bool[Tensor, "#items 1 #member_queries member_keys"] | None:
+    """The mask of units of `size` tokens, spread over their tokens, unit after unit."""
+    if mask is None or size == 1:
+        return mask
+    keys = mask.repeat_interleave(size, dim=-1)
+    return keys if mask.shape[-2] == 1 else keys.repeat_interleave(size, dim=-2)
