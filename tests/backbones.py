@@ -2,10 +2,18 @@
 
 from dataclasses import dataclass
 
+import timm.models.beit
+import timm.models.cait
 import timm.models.convnext
+import timm.models.deepseek_vit
 import timm.models.eva
+import timm.models.gemma4_vit
+import timm.models.hiera
+import timm.models.naflexvit
+import timm.models.qwen3_vit
 import timm.models.resnet
 import timm.models.vision_transformer
+import timm.models.vision_transformer_relpos
 import torch
 import torchvision
 from hypothesis import strategies as st
@@ -80,6 +88,98 @@ def _eva(**options):
     return make
 
 
+def _beit(**options):
+    def make(rows, columns):
+        model = timm.models.beit.Beit(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
+def _relpos(**options):
+    def make(rows, columns):
+        model = timm.models.vision_transformer_relpos.VisionTransformerRelPos(
+            img_size=(rows * 4, columns * 4),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 4
+
+    return make
+
+
+def _naflex(**options):
+    def make(rows, columns):
+        model = timm.models.naflexvit.NaFlexVit(
+            timm.models.naflexvit.NaFlexVitCfg(
+                patch_size=4, embed_dim=24, depth=2, num_heads=3, **options
+            ),
+            num_classes=NUM_CLASSES,
+        )
+        return model, 4
+
+    return make
+
+
+def _encoder(make_model, side, **options):
+    def make(rows, columns):
+        cell = 4 * side
+        model = make_model(
+            img_size=(rows * cell, columns * cell),
+            patch_size=4,
+            embed_dim=24,
+            depth=2,
+            num_heads=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, cell
+
+    return make
+
+
+def _hiera(**options):
+    def make(rows, columns):
+        model = timm.models.hiera.Hiera(
+            img_size=(rows * 16, columns * 16),
+            embed_dim=8,
+            stages=(1, 1, 2),
+            mask_unit_size=(4, 4),
+            mask_unit_attn=(True, False, False),
+            q_pool=2,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 16
+
+    return make
+
+
+def _cait(rows, columns):
+    model = timm.models.cait.Cait(
+        img_size=(rows * 4, columns * 4),
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        num_classes=NUM_CLASSES,
+        init_values=0.5,
+    )
+    return model, 4
+
+
 def _torchvision_vit(rows, columns):
     model = torchvision.models.VisionTransformer(
         image_size=rows * 4,
@@ -143,6 +243,51 @@ BUILDERS = {
     "eva-class-token": _eva(global_pool="token"),
     "eva-average": _eva(global_pool="avg"),
     "eva-mixed-registers": _eva(global_pool="avg", rope_type="mixed", num_reg_tokens=2),
+    "beit-average": _beit(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.5),
+    "beit-class-token": _beit(global_pool="token", use_shared_rel_pos_bias=True, swiglu_mlp=True),
+    "relpos-average": _relpos(rel_pos_type="bias", fc_norm=True, qk_norm=True, init_values=0.5),
+    "relpos-class-token": _relpos(class_token=True, global_pool="token"),
+    "relpos-average-class-token": _relpos(
+        class_token=True,
+        shared_rel_pos=True,
+        block_fn=timm.models.vision_transformer_relpos.ResPostRelPosBlock,
+    ),
+    "naflex-average-registers": _naflex(
+        global_pool="avg", reg_tokens=2, pos_embed="factorized", pos_embed_grid_size=(5, 5)
+    ),
+    "naflex-class-token": _naflex(
+        class_token=True,
+        reg_tokens=1,
+        global_pool="token",
+        fc_norm=False,
+        rope_type="mixed",
+        pos_embed_grid_size=(4, 4),
+    ),
+    "qwen-average": _encoder(
+        timm.models.qwen3_vit.Qwen3VitClassifier, 1, pos_embed_grid_size=3, mlp_ratio=2.0
+    ),
+    "deepseek-average-align": _encoder(
+        timm.models.deepseek_vit.DeepseekVitClassifier,
+        2,
+        encoder_pool="align",
+        downsample_ratio=2,
+        out_features=20,
+    ),
+    "gemma-average-soft": _encoder(
+        timm.models.gemma4_vit.Gemma4VitClassifier,
+        2,
+        encoder_pool="soft",
+        pooling_kernel_size=2,
+        head_dim=8,
+        intermediate_size=32,
+        position_embedding_size=16,
+        standardize=True,
+    ),
+    "hiera-average": _hiera(),
+    "hiera-average-windows": _hiera(
+        abs_win_pos_embed=True, global_pos_size=(3, 3), use_expand_proj=False, init_values=0.5
+    ),
+    "cait-class-token": _cait,
     "torchvision-vit": _torchvision_vit,
     "resnet": _resnet,
     "convnext": _convnext,
@@ -150,7 +295,9 @@ BUILDERS = {
     "own-nonlinear-head": _own_gap_head,
 }
 
-TOKEN_KINDS = [kind for kind in BUILDERS if "vit" in kind or "eva" in kind]
+TOKEN_FAMILIES = ["vit", "eva", "beit", "relpos", "naflex", "qwen", "deepseek", "gemma"]
+TOKEN_FAMILIES += ["hiera", "cait"]
+TOKEN_KINDS = [kind for kind in BUILDERS if any(family in kind for family in TOKEN_FAMILIES)]
 EXACT_KINDS = [kind for kind in BUILDERS if "class-token" not in kind or "average" in kind]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
 READOUTS = {
@@ -158,6 +305,14 @@ READOUTS = {
     "vit-average-class-token": "shared-norm",
     "eva-average": "shared-norm",
     "eva-mixed-registers": "shared-norm",
+    "beit-average": "shared-norm",
+    "relpos-average": "shared-norm",
+    "naflex-average-registers": "shared-norm",
+    "qwen-average": "shared-norm",
+    "deepseek-average-align": "shared-norm",
+    "gemma-average-soft": "shared-norm",
+    "hiera-average": "shared-norm",
+    "hiera-average-windows": "shared-norm",
     "convnext": "shared-norm",
     "own-nonlinear-head": "gap",
 }

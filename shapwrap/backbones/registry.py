@@ -8,7 +8,14 @@ from torch import nn
 
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.pooled_children import PooledChildren
+from shapwrap.backbones.timm_beit import TimmBeit
+from shapwrap.backbones.timm_cait import TimmCait
+from shapwrap.backbones.timm_gemma import TimmGemma
+from shapwrap.backbones.timm_hiera import TimmHiera
 from shapwrap.backbones.timm_maps import TimmMaps
+from shapwrap.backbones.timm_naflex import TimmNaFlex
+from shapwrap.backbones.timm_qwen import TimmQwen
+from shapwrap.backbones.timm_relpos import TimmRelPos
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.timm_whole import TimmWhole
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
@@ -17,6 +24,13 @@ from shapwrap.errors import BackboneTypeError
 
 ADAPTERS: tuple[type[Backbone], ...] = (
     TimmTokens,
+    TimmBeit,
+    TimmRelPos,
+    TimmNaFlex,
+    TimmQwen,
+    TimmGemma,
+    TimmHiera,
+    TimmCait,
     TorchvisionTokens,
     TimmMaps,
     PooledChildren,

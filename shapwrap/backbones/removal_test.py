@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from shapwrap._types import Images
+from shapwrap._types import Grid, Images
 from shapwrap.backbones.tokens import TokenBackbone, TokenSequence
 from shapwrap.errors import MaskingError
+from shapwrap.masking.attention import hidden_prefix_mask
+from shapwrap.masking.pixels import pixel_mask
 
 EFFECT_TOLERANCE = 1e-2
 """Largest error, as a share of what removal changes at all."""
@@ -18,9 +20,9 @@ def check_removal(backbone: TokenBackbone, images: Images) -> None:
     """Raise unless removing tokens before the first block is removing patches from the image.
 
     Four facts are tested on `images`. The adapter's parts replay the model's own forward pass;
-    each token depends on the pixels of its patch alone; permuting patch tokens, with their rotary
-    positions, permutes the output (nothing but global attention mixes them); and the attention
-    mask in use equals physically gathering the tokens.
+    the token of a present patch depends on pixels of present patches alone; permuting patch tokens,
+    with their positions, permutes the output (nothing but global attention mixes them); and the
+    attention mask in use equals physically gathering the tokens.
 
     Raises:
         MaskingError: Which of the four fails, by how much.
@@ -28,10 +30,10 @@ def check_removal(backbone: TokenBackbone, images: Images) -> None:
     name = type(backbone.model).__name__
     replayed = check_replay(backbone, images)
     sequence = backbone.embed(images)
-    _check_local(backbone, images, sequence, name)
+    _check_local(backbone, images, sequence.grid, name)
     num_prefix, num_patches = sequence.prefix.shape[1], sequence.patches.shape[1]
     kept = torch.arange(0, num_patches, 2, device=images.device)
-    gathered = _encode(backbone, _take(sequence, kept))[:, num_prefix:]
+    gathered = _encode(backbone, sequence.take(kept))[:, num_prefix:]
     patches = replayed[:, num_prefix:]
     effect = _largest(gathered - patches[:, kept])
     scale = _largest(replayed)
@@ -39,10 +41,12 @@ def check_removal(backbone: TokenBackbone, images: Images) -> None:
 
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(num_patches, generator=generator).to(images.device)
-    permuted = _encode(backbone, _take(sequence, order))[:, num_prefix:]
+    permuted = _encode(backbone, sequence.take(order))[:, num_prefix:]
     errors = {
         "permuting patch tokens permutes its output": _largest(permuted - patches[:, order]),
-        "masking attention equals removing tokens": _mask_error(backbone, images, sequence, kept),
+        "masking attention equals removing tokens": _mask_error(
+            backbone, images, kept, num_patches
+        ),
     }
     for fact, error in errors.items():
         if not error <= allowed:
@@ -77,33 +81,23 @@ def check_replay(backbone: TokenBackbone, images: Images) -> Tensor:
 
 def _encode(backbone: TokenBackbone, sequence: TokenSequence) -> Tensor:
     return backbone.encode(
-        torch.cat((sequence.prefix, sequence.patches), dim=1), sequence.rotary, None
+        torch.cat((sequence.prefix, sequence.patches), dim=1), sequence.positions, None
     )
 
 
-def _take(sequence: TokenSequence, index: Tensor) -> TokenSequence:
-    rotary = sequence.rotary
-    return sequence._replace(
-        patches=sequence.patches[:, index],
-        rotary=None if rotary is None else rotary.index_select(-2, index),
-    )
-
-
-def _check_local(
-    backbone: TokenBackbone, images: Images, sequence: TokenSequence, name: str
-) -> None:
-    """Change every pixel outside one patch: its token must not change by one bit."""
-    rows, columns = sequence.grid
-    height, width = images.shape[-2:]
+def _check_local(backbone: TokenBackbone, images: Images, grid: Grid, name: str) -> None:
+    """Change every pixel outside one patch: its token, alone, must not change by one bit."""
+    rows, columns = grid
     row, column = rows // 2, columns // 2
-    outside = torch.ones(height, width, dtype=torch.bool, device=images.device)
-    outside[
-        row * height // rows : (row + 1) * height // rows,
-        column * width // columns : (column + 1) * width // columns,
-    ] = False
-    changed = backbone.embed(torch.where(outside, images.flip(0) * -1.5 + 0.3, images))
-    token = row * columns + column
-    if not torch.equal(changed.patches[:, token], sequence.patches[:, token]):
+    alone = torch.zeros(images.shape[0], 1, rows * columns, dtype=torch.bool, device=images.device)
+    alone[:, :, row * columns + column] = True
+    inside = pixel_mask(alone, grid, (images.shape[-2], images.shape[-1]))
+    changed = torch.where(inside, images, images.flip(0) * -1.5 + 0.3)
+    before, after = (
+        backbone.embed_present(pixels, alone, paired=False).patches[alone[:, 0]]
+        for pixels in (images, changed)
+    )
+    if not torch.equal(before, after):
         raise MaskingError(
             f"{name} mixes patches before its token slot: the token of patch ({row}, {column}) "
             "changes when only pixels of other patches change, so a removed patch would leak. "
@@ -111,35 +105,40 @@ def _check_local(
         )
 
 
-def _mask_error(
-    backbone: TokenBackbone, images: Images, sequence: TokenSequence, kept: Tensor
-) -> float:
+def _mask_error(backbone: TokenBackbone, images: Images, kept: Tensor, num_patches: int) -> float:
     """Masked passes against gathered tokens, for the kept half, paired and not."""
-    num_patches = sequence.patches.shape[1]
     present = torch.zeros(num_patches, dtype=torch.bool, device=images.device)
     present[kept] = True
     coalitions = torch.stack((present, ~present)).expand(images.shape[0], 2, -1)
-    expected = []
-    for coalition in (present, ~present):
-        remaining = _take(sequence, coalition.nonzero()[:, 0])
-        if backbone.prefix_tokens == "drop" and sequence.rotary is None:
-            remaining = remaining._replace(prefix=remaining.prefix[:, :0])
-        mask = None
-        num_prefix = remaining.prefix.shape[1]
-        if backbone.prefix_tokens == "drop" and num_prefix:
-            mask = torch.ones(
-                1, 1, 1, num_prefix + remaining.patches.shape[1], device=images.device
-            ).bool()
-            mask[..., :num_prefix] = False
-        tokens = torch.cat((remaining.prefix, remaining.patches), dim=1)
-        encoded = backbone.encode(tokens, remaining.rotary, mask)
-        everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
-        expected.append(backbone.weigh(encoded, everyone, num_prefix).mean(dim=1))
-    gathered = torch.stack(expected, dim=1)
+    gathered = torch.stack(
+        [_gathered_mean(backbone, images, coalition) for coalition in (present, ~present)], dim=1
+    )
     return max(
         _largest(backbone.present_means(images, coalitions, paired=paired) - gathered)
         for paired in (True, False)
     )
+
+
+def _gathered_mean(backbone: TokenBackbone, images: Images, coalition: Tensor) -> Tensor:
+    """Mean feature of the present patches, with the tokens of absent ones out of the sequence."""
+    alone = coalition.expand(images.shape[0], 1, -1)
+    remaining = backbone.embed_present(images, alone, paired=False).take(coalition.nonzero()[:, 0])
+    mask = None
+    if backbone.prefix_tokens == "drop" and remaining.prefix.shape[1]:
+        if remaining.prefix_has_slots:
+            mask = hidden_prefix_mask(
+                remaining.prefix.shape[1], remaining.patches.shape[1], images.device
+            )
+        else:
+            positions = remaining.positions
+            remaining = remaining._replace(
+                prefix=remaining.prefix[:, :0],
+                positions=None if positions is None else positions.with_prefix_copies(0),
+            )
+    tokens = torch.cat((remaining.prefix, remaining.patches), dim=1)
+    encoded = backbone.encode(tokens, remaining.positions, mask)
+    everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
+    return backbone.weigh(encoded, everyone, remaining.prefix.shape[1]).mean(dim=1)
 
 
 def _largest(tensor: Tensor) -> float:

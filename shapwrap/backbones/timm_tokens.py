@@ -1,13 +1,15 @@
 """timm token models: ViT, DeiT, DINOv2-style and EVA, with or without registers and rotary."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from shapwrap._types import Images, PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling import LatentPooling, Part, contributions
+from shapwrap.backbones.positions import Positions, RotaryPositions
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.errors import ImageError
@@ -40,12 +42,14 @@ class TimmTokens(TokenBackbone, TimmMaps):
         tokens, rotary = positioned if isinstance(positioned, tuple) else (positioned, None)
         tokens = model.norm_pre(tokens)
         prefix = self._num_prefix()
-        return TokenSequence(tokens[:, :prefix], tokens[:, prefix:], rotary, grid)
+        positions = None if rotary is None else RotaryPositions(rotary, prefix)
+        return TokenSequence(tokens[:, :prefix], tokens[:, prefix:], positions, grid)
 
     def _check_divisible(self, images: Images) -> None:
         """Rows and columns that no patch covers would be drawn as if patches had seen them."""
-        patch = getattr(self.trunk.patch_embed, "patch_size", None)
-        padded = getattr(self.trunk.patch_embed, "dynamic_img_pad", False)
+        embedding = self._patch_embedding()
+        patch = getattr(embedding, "patch_size", None)
+        padded = getattr(embedding, "dynamic_img_pad", False)
         if patch is None or padded:
             return
         height, width = images.shape[-2:]
@@ -56,20 +60,18 @@ class TimmTokens(TokenBackbone, TimmMaps):
                 "multiples of the patch, or build the model with dynamic_img_pad=True."
             )
 
-    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
-        """All blocks, under the model's own gradient checkpointing, and the final norm."""
+    def encode(
+        self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None
+    ) -> Tokens:
+        """All blocks and the final norm."""
         model: Any = self.trunk
-        recompute = getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled()
-        # Positions that are learned in each block come with a leading axis over the blocks.
-        per_block = bool(getattr(model, "rope_mixed", False)) and rotary is not None
+        rotary = positions.angles if isinstance(positions, RotaryPositions) else None
+        per_block = self._rotary_per_block()
         for index, block in enumerate(model.blocks):
             arguments: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
             if rotary is not None:
                 arguments["rope"] = rotary[index] if per_block else rotary
-            if recompute:
-                tokens = checkpoint(block, tokens, use_reentrant=False, **arguments)
-            else:
-                tokens = block(tokens, **arguments)
+            tokens = self._run(block, tokens, **arguments)
         return model.norm(tokens)
 
     def weigh(self, tokens: Tokens, part: Part, num_prefix: int) -> PatchFeatures:
@@ -95,6 +97,28 @@ class TimmTokens(TokenBackbone, TimmMaps):
         if layer is None or not LatentPooling.recognises(layer):
             return None
         return LatentPooling(layer)
+
+    @property
+    def encoder(self) -> Any:
+        """The module that holds embedding and blocks."""
+        return self.trunk
+
+    def in_channels(self) -> int:
+        """What the model was built for; its patch embedding need not be a convolution."""
+        return int(getattr(self.trunk, "in_chans", 0)) or super().in_channels()
+
+    def _patch_embedding(self) -> Any:
+        return self.encoder.patch_embed
+
+    def _rotary_per_block(self) -> bool:
+        """Positions that are learned in each block come with a leading axis over the blocks."""
+        return bool(getattr(self.trunk, "rope_mixed", False))
+
+    def _run(self, layer: Callable[..., Tokens], *arguments: Any, **options: Any) -> Tokens:
+        """One layer, under the model's own gradient checkpointing."""
+        if getattr(self.encoder, "grad_checkpointing", False) and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False, **options)
+        return layer(*arguments, **options)
 
     def original_tokens(self, images: Images) -> Tokens:
         """Timm's `forward_features`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shapwrap._types import Coalitions, Grid, Images, PatchFeatures, PatchMask
 from shapwrap.backbones.attention_pooling import Part
 from shapwrap.backbones.base import Backbone, FeatureMap
+from shapwrap.backbones.positions import Positions
 from shapwrap.errors import ArgumentError
 from shapwrap.masking.attention import (
     AttentionMask,
@@ -22,6 +23,7 @@ from shapwrap.masking.pooling import present_means
 
 PrefixTokens = Literal["drop", "keep"]
 Tokens = Float[Tensor, "items tokens features"]
+EncodedTokens = Float[Tensor, "items tokens encoded"]
 
 
 class TokenSequence(NamedTuple):
@@ -30,9 +32,19 @@ class TokenSequence(NamedTuple):
     prefix: Tokens
     """Class and register tokens; may be of length 0."""
     patches: Tokens
-    rotary: Tensor | None
-    """Rotary positions of the patches, [..., N, 2 * head_dim], sine then cosine; or None."""
+    positions: Positions | None
+    """What the blocks must be told of the tokens' places; None if the tokens hold it all."""
     grid: Grid
+
+    def take(self, patches: Tensor) -> "TokenSequence":
+        """The sequence of these patches alone, in this order, after the same prefix."""
+        positions = None if self.positions is None else self.positions.take(patches)
+        return self._replace(patches=self.patches[:, patches], positions=positions)
+
+    @property
+    def prefix_has_slots(self) -> bool:
+        """Whether a prefix that is out of sight must stay in the sequence all the same."""
+        return self.positions is not None and self.positions.prefix_has_slots
 
 
 class TokenBackbone(Backbone):
@@ -48,12 +60,27 @@ class TokenBackbone(Backbone):
     def embed(self, images: Images) -> TokenSequence:
         """Tokens with their positions, before anything has mixed them."""
 
-    @abstractmethod
-    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
-        """All blocks and the final norm.
+    def embed_present(
+        self, images: Images, coalitions: Coalitions, *, paired: bool
+    ) -> TokenSequence:
+        """Tokens for each coalition, [B * S, ...], those of present patches free of all others.
 
-        Where `rotary` is shorter than the sequence, the first tokens have no position.
+        With `paired`, absent patches form a coalition of their own, and their tokens are free of
+        those that are present. Where each token depends on the pixels of its patch alone, as here,
+        all coalitions have the same tokens.
         """
+        sequence = self.embed(images)
+        prefix, patches = (
+            repeat(tokens, "b t d -> (b s) t d", s=coalitions.shape[1])
+            for tokens in (sequence.prefix, sequence.patches)
+        )
+        return sequence._replace(prefix=prefix, patches=patches)
+
+    @abstractmethod
+    def encode(
+        self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None
+    ) -> EncodedTokens:
+        """All blocks and the final norm: one token out for each token in."""
 
     @abstractmethod
     def original_tokens(self, images: Images) -> Tokens:
@@ -88,7 +115,7 @@ class TokenBackbone(Backbone):
         everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
         return FeatureMap(self.weigh(encoded, everyone, num_prefix), sequence.grid)
 
-    def weigh(self, tokens: Tokens, part: Part, num_prefix: int) -> PatchFeatures:
+    def weigh(self, tokens: EncodedTokens, part: Part, num_prefix: int) -> PatchFeatures:
         """Patch features whose mean is what the head reads; by default the patch tokens.
 
         Args:
@@ -125,50 +152,48 @@ class TokenBackbone(Backbone):
         means = present_means(features, present)
         return rearrange(means, "(b s) parts d -> b (s parts) d", b=images.shape[0])
 
-    def _encoded(self, images: Images) -> tuple[Tokens, TokenSequence, int]:
+    def _encoded(self, images: Images) -> tuple[EncodedTokens, TokenSequence, int]:
         sequence = self.embed(images)
-        tokens, rotary, num_prefix = self._assemble(sequence, copies=1)
+        tokens, positions, num_prefix = self._assemble(sequence, copies=1)
         mask = None
         if num_prefix and self.prefix_tokens == "drop":
             mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
-        return self.encode(tokens, rotary, mask), sequence, num_prefix
+        return self.encode(tokens, positions, mask), sequence, num_prefix
 
     def _removed_features(
         self, images: Images, coalitions: Coalitions, *, paired: bool
     ) -> Float[Tensor, "items patches features"]:
-        sequence = self.embed(images)
+        sequence = self.embed_present(images, coalitions, paired=paired)
         present = rearrange(coalitions, "b s n -> (b s) n")
         keep = self.prefix_tokens == "keep"
-        tokens, rotary, num_prefix = self._assemble(sequence, copies=2 if paired and keep else 1)
+        tokens, positions, num_prefix = self._assemble(sequence, copies=2 if paired and keep else 1)
         one_copy = sequence.prefix.shape[1] if num_prefix else 0
         build = pair_mask if paired else removal_mask
         mask = build(present, one_copy, keep_prefix=keep)
-        tokens = repeat(tokens, "b t d -> (b s) t d", s=coalitions.shape[1])
         prefix = present.new_ones(len(present), one_copy)
         # A second copy of the prefix belongs to the complement.
         prefixes = [prefix, ~prefix] if num_prefix > one_copy else [prefix]
         part = torch.cat((*prefixes, present), dim=1)
-        return self.weigh(self.encode(tokens, rotary, mask), part, num_prefix)
+        return self.weigh(self.encode(tokens, positions, mask), part, num_prefix)
 
-    def _assemble(self, sequence: TokenSequence, copies: int) -> tuple[Tokens, Tensor | None, int]:
-        """Sequence for the blocks, its rotary positions and the length of its prefix.
+    def _assemble(
+        self, sequence: TokenSequence, copies: int
+    ) -> tuple[Tokens, Positions | None, int]:
+        """Sequence for the blocks, its positions and the length of its prefix.
 
-        Blocks with rotary positions skip a fixed number of leading tokens, so there a dropped
-        prefix keeps its slot, out of sight of the patches, and a second copy of the prefix gets
-        the identity rotation.
+        Where positions give the prefix fixed slots, a dropped prefix keeps them, out of sight of
+        the patches.
         """
-        rotary = sequence.rotary
-        length = sequence.prefix.shape[1]
-        if length == 0 or (self.prefix_tokens == "drop" and rotary is None):
+        positions = sequence.positions
+        if sequence.prefix.shape[1] == 0:
+            copies = 0
+        elif self.prefix_tokens == "drop" and not sequence.prefix_has_slots:
+            copies = 0
+            positions = None if positions is None else positions.with_prefix_copies(0)
+        elif positions is not None:
+            positions = positions.with_prefix_copies(copies)
+        if copies == 0:
             # patch embeddings are transposed views; every later layer would inherit the strides.
-            return sequence.patches.contiguous(), rotary, 0
-        if copies > 1 and rotary is not None:
-            rotary = torch.cat((_identity_rotation(rotary, (copies - 1) * length), rotary), dim=-2)
+            return sequence.patches.contiguous(), positions, 0
         tokens = torch.cat((*[sequence.prefix] * copies, sequence.patches), dim=1)
-        return tokens, rotary, copies * length
-
-
-def _identity_rotation(rotary: Tensor, length: int) -> Tensor:
-    """Rotary positions that leave `length` tokens unrotated: sine 0, cosine 1."""
-    shape = (*rotary.shape[:-2], length, rotary.shape[-1] // 2)
-    return torch.cat((rotary.new_zeros(shape), rotary.new_ones(shape)), dim=-1)
+        return tokens, positions, copies * sequence.prefix.shape[1]

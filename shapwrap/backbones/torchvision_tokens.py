@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
+from shapwrap.backbones.positions import Positions
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.masking.attention import AttentionMask
 
@@ -37,7 +38,9 @@ class TorchvisionTokens(TokenBackbone):
             tokens[:, :1], tokens[:, 1:], None, (rows, images.shape[-1] // self.model.patch_size)
         )
 
-    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
+    def encode(
+        self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None
+    ) -> Tokens:
         """All blocks and the final norm."""
         for block in self.model.encoder.layers:
             tokens = tokens + block.dropout(_attend(block, block.ln_1(tokens), mask))

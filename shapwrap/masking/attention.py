@@ -48,3 +48,20 @@ def hidden_prefix_mask(num_prefix: int, num_patches: int, device: torch.device) 
     keys = torch.ones(num_prefix + num_patches, dtype=torch.bool, device=device)
     keys[:num_prefix] = False
     return keys[None, None, None]
+
+
+def masked_bias(bias: Tensor | None, mask: AttentionMask | None) -> Tensor | None:
+    """One tensor for `scaled_dot_product_attention`: the bias, minus infinity where masked."""
+    if bias is None or mask is None:
+        return mask if bias is None else bias
+    return torch.where(mask, bias, bias.new_full((), -torch.inf))
+
+
+def mask_of_members(
+    mask: AttentionMask | None, size: int
+) -> Bool[Tensor, "#items 1 #member_queries member_keys"] | None:
+    """The mask of units of `size` tokens, spread over their tokens, unit after unit."""
+    if mask is None or size == 1:
+        return mask
+    keys = mask.repeat_interleave(size, dim=-1)
+    return keys if mask.shape[-2] == 1 else keys.repeat_interleave(size, dim=-2)
