@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from shapwrap._version import __version__
 from shapwrap.audit import Audit
+from shapwrap.backbones.base import Backbone, FeatureMap
+from shapwrap.backbones.registry import register_backbone
 from shapwrap.coalitions import (
     all_coalitions,
     exact_shapley_values,
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Audit",
+    "Backbone",
     "Explanation",
+    "FeatureMap",
     "Report",
     "ShapleyOutput",
     "ShapleyWrapper",
@@ -34,6 +38,7 @@ __all__ = [
     "all_coalitions",
     "exact_shapley_values",
     "kernel_regression",
+    "register_backbone",
     "sample_coalitions",
     "shapley_loss",
 ]

@@ -44,6 +44,7 @@ def check_image_size(backbone: Backbone, images: Images) -> Grid:
 
     Raises:
         ImageError: The backbone refuses this size.
+        UnsupportedBackboneError: The model takes it, but not this adapter's parts.
     """
     try:
         return backbone.features(images).grid
@@ -51,11 +52,11 @@ def check_image_size(backbone: Backbone, images: Images) -> Grid:
         if isinstance(error, ShapwrapError):
             raise
         height, width = backbone.image_size()
-        if tuple(images.shape[-2:]) == (height, width) and runs(backbone.model, images):
+        if runs(backbone.model, images):
             raise UnsupportedBackboneError(
                 f"the parts of {type(backbone.model).__name__} ({backbone.family}) cannot be run "
-                f"on images of its own size, {height} x {width} ({type(error).__name__}: {error}); "
-                "its forward pass does more than these parts in their order."
+                f"as the model runs them ({type(error).__name__}: {error}); its forward pass does "
+                "more than these parts in their order."
             ) from error
         raise ImageError(
             f"{type(backbone.model).__name__} refuses images of {images.shape[-2]} x "

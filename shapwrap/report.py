@@ -74,8 +74,16 @@ def count_multiply_adds(model: nn.Module, call: Callable[[], object]) -> int:
     # registered formula and would count as nothing.
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     counter = FlopCounterMode(display=False)
-    with undisturbed(model), kernel, counter:
-        call()
+    # The counter's bookkeeping stumbles over views of parameters that require gradients.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with undisturbed(model), kernel, counter:
+            call()
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     return counter.get_total_flops() // 2
 
 
@@ -97,6 +105,11 @@ def note_for(wrapping: Wrapping) -> str:
         sentences.append(
             "The class and register tokens, which patches could see, were dropped: fine-tune "
             "before use."
+        )
+    if wrapping.head.patch_layer is not None:
+        sentences.append(
+            "The head is kept whole: the logits are those of the original model, and each patch "
+            "gets an equal share until a layer of its own is trained with shapley_loss."
         )
     if wrapping.stride_changes:
         sentences.append(

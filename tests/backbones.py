@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import timm.models.beit
+import timm.models.byobnet
 import timm.models.cait
 import timm.models.convnext
 import timm.models.deepseek_vit
@@ -10,6 +11,7 @@ import timm.models.eva
 import timm.models.gemma4_vit
 import timm.models.hiera
 import timm.models.naflexvit
+import timm.models.pit
 import timm.models.qwen3_vit
 import timm.models.resnet
 import timm.models.vision_transformer
@@ -234,6 +236,63 @@ def _own_gap_head(rows, columns):
     return model, 4
 
 
+def _clip_resnet(head_type):
+    def make(rows, columns):
+        block = timm.models.byobnet.ByoBlockCfg
+        configuration = timm.models.byobnet.ByoModelCfg(
+            blocks=tuple(block("bottle", d=1, c=64, s=2) for _ in range(2)),
+            stem_chs=8,
+            head_type=head_type,
+        )
+        model = timm.models.byobnet.ByobNet(
+            configuration, img_size=(rows * 16, columns * 16), num_classes=NUM_CLASSES
+        )
+        return model, 16
+
+    return make
+
+
+def _pit(**options):
+    def make(rows, columns):
+        model = timm.models.pit.PoolingVisionTransformer(
+            img_size=(rows * 16, columns * 16),
+            patch_size=4,
+            stride=4,
+            base_dims=(8, 8, 8),
+            depth=(1, 1, 1),
+            heads=(1, 2, 4),
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 16
+
+    return make
+
+
+class OwnConvolutions(nn.Module):
+    """A model that no adapter knows: functions between its layers, a max or a mean at the end."""
+
+    def __init__(self, pooling):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.mix = nn.Conv2d(8, 12, 3, padding=1)
+        self.fc = nn.Linear(12, NUM_CLASSES)
+        self.pooling = pooling
+
+    def forward(self, images):
+        feature_map = torch.relu(self.mix(torch.relu(self.norm(self.stem(images)))))
+        return self.fc(getattr(feature_map.flatten(2), self.pooling)(dim=2))
+
+
+class OwnPooling(OwnConvolutions):
+    """Without a function between the last layer and the pooling."""
+
+    def forward(self, images):
+        feature_map = self.mix(torch.relu(self.norm(self.stem(images))))
+        return self.fc(getattr(feature_map.flatten(2), self.pooling)(dim=2))
+
+
 BUILDERS = {
     "vit-class-token": _vit(),
     "vit-registers": _vit(reg_tokens=2, init_values=0.5),
@@ -293,12 +352,21 @@ BUILDERS = {
     "convnext": _convnext,
     "torchvision-resnet": _torchvision_resnet,
     "own-nonlinear-head": _own_gap_head,
+    "vit-average-map": _vit(global_pool="map", class_token=False),
+    "vit-average-map-registers": _vit(global_pool="map", class_token=True, reg_tokens=1),
+    "eva-average-map": _eva(global_pool="map"),
+    "clip-resnet": _clip_resnet("attn_abs"),
+    "clip-resnet-rotary": _clip_resnet("attn_rot"),
+    "whole-class-token": _pit(),
+    "whole-two-heads": _pit(distilled=True),
+    "traced-mean": lambda rows, columns: (OwnPooling("mean"), 4),
+    "traced-whole": lambda rows, columns: (OwnConvolutions("amax"), 4),
 }
 
 TOKEN_FAMILIES = ["vit", "eva", "beit", "relpos", "naflex", "qwen", "deepseek", "gemma"]
 TOKEN_FAMILIES += ["hiera", "cait"]
 TOKEN_KINDS = [kind for kind in BUILDERS if any(family in kind for family in TOKEN_FAMILIES)]
-EXACT_KINDS = [kind for kind in BUILDERS if "class-token" not in kind or "average" in kind]
+EXACT_KINDS = [k for k in BUILDERS if "class-token" not in k or "average" in k or "whole" in k]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
 READOUTS = {
     "vit-average-norm-registers": "shared-norm",
@@ -315,6 +383,12 @@ READOUTS = {
     "hiera-average-windows": "shared-norm",
     "convnext": "shared-norm",
     "own-nonlinear-head": "gap",
+    "vit-average-map": "gap",
+    "vit-average-map-registers": "gap",
+    "eva-average-map": "gap",
+    "whole-class-token": "efficiency-gap",
+    "whole-two-heads": "efficiency-gap",
+    "traced-whole": "efficiency-gap",
 }
 
 
@@ -324,6 +398,9 @@ def make_case(kind, grid=(3, 4), batch=2, dtype=torch.float32, **options) -> Cas
         grid = (grid[0], grid[0])
     model, size = build(kind, grid)
     wrapped = ShapleyWrapper(model.to(dtype), image_size=size, **options)
+    if wrapped.patch_layer is not None:
+        # It starts at zero, where every patch gets the same share.
+        nn.init.normal_(wrapped.patch_layer.weight, generator=torch.Generator().manual_seed(3))
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(7)).to(dtype)
     return Case(kind, wrapped, images)
 

@@ -17,6 +17,8 @@ def reference_value(case, image: torch.Tensor, coalition: torch.Tensor) -> torch
     family = case.kind.split("-")[0]
     features = ENCODERS.get(family, _timm_tokens)(model, image[None], keep, case)[0]
     num_patches = case.wrapped.num_patches
+    if "-map" in case.kind:
+        return model.forward_head(features[None])[0] * len(keep) / num_patches
     if case.kind == "torchvision-vit":
         return model.heads(features).sum(0) / num_patches
     if READOUTS.get(case.kind, "affine") == "affine":
@@ -53,7 +55,9 @@ def _timm_tokens(model, image, keep, case):
         else:
             own = rope[index] if getattr(model, "rope_mixed", False) else rope
             kept = block(kept, rope=own[..., keep, :])
-    return model.norm(kept)[:, prefix:]
+    kept = model.norm(kept)
+    # Attention pooling may read the prefix as well: the model's own layer does it all.
+    return kept if "-map" in case.kind else kept[:, prefix:]
 
 
 def _torchvision_tokens(model, image, keep, case):

@@ -110,7 +110,9 @@ def test_import_brings_no_optional_package():
 def test_public_names():
     assert set(shapwrap.__all__) == {
         "Audit",
+        "Backbone",
         "Explanation",
+        "FeatureMap",
         "Report",
         "ShapleyOutput",
         "ShapleyWrapper",
@@ -121,6 +123,7 @@ def test_public_names():
         "all_coalitions",
         "exact_shapley_values",
         "kernel_regression",
+        "register_backbone",
         "sample_coalitions",
         "shapley_loss",
     }

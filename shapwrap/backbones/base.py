@@ -67,9 +67,9 @@ class Backbone(ABC):
     def features(self, images: Images) -> FeatureMap:
         """Patch features of the whole image: the input of the pretrained pooling."""
 
-    @abstractmethod
     def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """What the pretrained head makes of one pooled feature, just before its classifier."""
+        return pooled
 
     @abstractmethod
     def classifiers(self) -> Sequence[nn.Module]:
@@ -89,13 +89,13 @@ class Backbone(ABC):
         """
         return self.features(images).features
 
-    @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """Height and width that the model was built for."""
+        """Height and width that the model was built for; 224 x 224 where it does not tell."""
+        return 224, 224
 
-    @abstractmethod
     def ignores_patches(self, images: Images) -> bool:
         """Whether the pretrained head never reads the patch features (a class-token head)."""
+        return False
 
     def zero_masked_means(
         self, images: Images, coalitions: Coalitions, grid: Grid

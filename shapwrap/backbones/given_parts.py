@@ -88,14 +88,6 @@ class GivenParts(Backbone):
         same = isinstance(own, Tensor) and own.shape == logits.shape
         return hidden, own if same else logits
 
-    def image_size(self) -> tuple[int, int]:
-        """224 x 224: such a model does not tell."""
-        return 224, 224
-
-    def ignores_patches(self, images: Images) -> bool:
-        """Never: the head reads their mean by definition."""
-        return False
-
     def _layers(self) -> list[nn.Module]:
         if self._head is None:
             return []
@@ -139,10 +131,6 @@ class GivenFeatures(WholeModel):
         """The output of the model, twice."""
         output = mean_output(self.model(images))
         return output, output
-
-    def image_size(self) -> tuple[int, int]:
-        """224 x 224: such a model does not tell."""
-        return 224, 224
 
 
 class _Function(nn.Module):

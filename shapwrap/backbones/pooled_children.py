@@ -59,18 +59,10 @@ class PooledChildren(Backbone):
         """The last layer."""
         return [m for m in self._head_layers()[-1:] if not isinstance(m, nn.Identity)]
 
-    def ignores_patches(self, images: Images) -> bool:
-        """Never: the head reads the mean of all patches."""
-        return False
-
     def classifier_dropout(self) -> float:
         """Rate of the dropout just before the classifier."""
         before = self._head_layers()[-2:-1]
         return before[0].p if before and isinstance(before[0], nn.Dropout) else 0.0
-
-    def image_size(self) -> tuple[int, int]:
-        """224 x 224: such models do not tell."""
-        return 224, 224
 
     def normalization(self) -> Normalization | None:
         """ImageNet's statistics for torchvision's own models."""

@@ -45,7 +45,7 @@ ENTRY_POINTS = "shapwrap.backbones"
 
 _registered: list[type[Backbone]] = []
 
-Adapter = TypeVar("Adapter", bound=type[Backbone])
+Adapter = TypeVar("Adapter", bound=type)
 
 
 def register_backbone(adapter: Adapter) -> Adapter:

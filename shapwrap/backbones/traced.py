@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shapwrap._types import Images, PooledFeatures, PreLogits
+from shapwrap._types import Images, PooledFeatures
 from shapwrap.backbones.base import Backbone, FeatureMap, Normalization
 from shapwrap.backbones.classifiers import is_linear, reproduces
 from shapwrap.backbones.layout import patches_of_map
@@ -108,17 +108,9 @@ class Traced(Backbone):
         """Those of layers that run in training alone (auxiliary heads)."""
         return list(self._unused)
 
-    def image_size(self) -> tuple[int, int]:
-        """224 x 224, for which torchvision's models are built: such models do not tell."""
-        return 224, 224
-
     def normalization(self) -> Normalization | None:
         """ImageNet's statistics for torchvision's own models."""
         return IMAGENET_NORMALIZATION if is_torchvision(self.model) else None
-
-    def ignores_patches(self, images: Images) -> bool:
-        """Never: that a head reads the map is proved by its numbers."""
-        return False
 
 
 def _places(record: Recording, size: tuple[int, int]) -> list[Place]:
@@ -165,10 +157,6 @@ class TracedMean(Traced):
     def features(self, images: Images) -> FeatureMap:
         """The map whose mean is read."""
         return self.run(images)[0]
-
-    def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
-        """The mean as it is."""
-        return pooled
 
     def class_scores(self, pooled: PooledFeatures) -> Tensor:
         """The mean as it is: the map holds class scores."""

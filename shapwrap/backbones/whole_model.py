@@ -46,10 +46,6 @@ class WholeModel(Backbone):
         """The same part: without a linear classifier it holds the class scores."""
         return self.pre_logits(pooled)
 
-    def ignores_patches(self, images: Images) -> bool:
-        """Never: the head is run as it is."""
-        return False
-
 
 def mean_output(output: Tensor | Sequence[Tensor]) -> Tensor:
     """Logits of a model; a distilled one returns two in train mode and averages them in eval."""
