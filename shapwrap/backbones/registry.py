@@ -6,12 +6,14 @@ from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.pooled_children import PooledChildren
 from shapwrap.backbones.timm_beit import TimmBeit
 from shapwrap.backbones.timm_cait import TimmCait
+from shapwrap.backbones.timm_convit import TimmConvit
 from shapwrap.backbones.timm_gemma import TimmGemma
 from shapwrap.backbones.timm_hiera import TimmHiera
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_naflex import TimmNaFlex
 from shapwrap.backbones.timm_qwen import TimmQwen
 from shapwrap.backbones.timm_relpos import TimmRelPos
+from shapwrap.backbones.timm_tnt import TimmTnt
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
 from shapwrap.errors import UnsupportedBackboneError
@@ -25,6 +27,8 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     TimmGemma,
     TimmHiera,
     TimmCait,
+    TimmConvit,
+    TimmTnt,
     TorchvisionTokens,
     TimmMaps,
     PooledChildren,
