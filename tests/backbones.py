@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import timm.models.beit
 import timm.models.byobnet
 import timm.models.cait
+import timm.models.convit
 import timm.models.convnext
 import timm.models.deepseek_vit
 import timm.models.eva
@@ -14,6 +15,7 @@ import timm.models.naflexvit
 import timm.models.pit
 import timm.models.qwen3_vit
 import timm.models.resnet
+import timm.models.tnt
 import timm.models.vision_transformer
 import timm.models.vision_transformer_relpos
 import torch
@@ -182,6 +184,37 @@ def _cait(rows, columns):
     return model, 4
 
 
+def _convit(rows, columns):
+    model = timm.models.convit.ConVit(
+        img_size=(rows * 4, columns * 4),
+        patch_size=4,
+        embed_dim=6,
+        depth=3,
+        local_up_to_layer=2,
+        num_heads=4,
+        num_classes=NUM_CLASSES,
+    )
+    return model, 4
+
+
+def _tnt(**options):
+    def make(rows, columns):
+        model = timm.models.tnt.TNT(
+            img_size=(rows * 8, columns * 8),
+            patch_size=8,
+            embed_dim=24,
+            inner_dim=8,
+            depth=2,
+            num_heads_inner=2,
+            num_heads_outer=3,
+            num_classes=NUM_CLASSES,
+            **options,
+        )
+        return model, 8
+
+    return make
+
+
 def _torchvision_vit(rows, columns):
     model = torchvision.models.VisionTransformer(
         image_size=rows * 4,
@@ -347,6 +380,8 @@ BUILDERS = {
         abs_win_pos_embed=True, global_pos_size=(3, 3), use_expand_proj=False, init_values=0.5
     ),
     "cait-class-token": _cait,
+    "convit-class-token": _convit,
+    "tnt-average": _tnt(global_pool="avg"),
     "torchvision-vit": _torchvision_vit,
     "resnet": _resnet,
     "convnext": _convnext,
@@ -364,8 +399,9 @@ BUILDERS = {
 }
 
 TOKEN_FAMILIES = ["vit", "eva", "beit", "relpos", "naflex", "qwen", "deepseek", "gemma"]
-TOKEN_FAMILIES += ["hiera", "cait"]
+TOKEN_FAMILIES += ["hiera", "cait", "convit", "tnt"]
 TOKEN_KINDS = [kind for kind in BUILDERS if any(family in kind for family in TOKEN_FAMILIES)]
+SQUARE_KINDS = ["torchvision-vit", "convit-class-token"]
 EXACT_KINDS = [k for k in BUILDERS if "class-token" not in k or "average" in k or "whole" in k]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
 READOUTS = {
@@ -394,7 +430,7 @@ READOUTS = {
 
 def make_case(kind, grid=(3, 4), batch=2, dtype=torch.float32, **options) -> Case:
     """A wrapped model of a kind and random images."""
-    if kind == "torchvision-vit":
+    if kind in SQUARE_KINDS:
         grid = (grid[0], grid[0])
     model, size = build(kind, grid)
     wrapped = ShapleyWrapper(model.to(dtype), image_size=size, **options)

@@ -168,6 +168,27 @@ def _cait_tokens(model, image, keep, case):
     return model.norm(model.blocks((model.patch_embed(image) + model.pos_embed)[:, keep]))
 
 
+def _convit_tokens(model, image, keep, case):
+    """The model's own blocks, which find the offsets of the remaining patches in their buffer."""
+    kept = (model.patch_embed(image) + model.pos_embed)[:, keep]
+    for block in model.blocks:
+        if block.use_gpsa:
+            offsets = block.attn.get_rel_indices(case.wrapped.num_patches)
+            block.attn.rel_indices = offsets[:, keep][:, :, keep]
+        kept = block(kept)
+    return model.norm(kept)
+
+
+def _tnt_tokens(model, image, keep, case):
+    pixels = model.pixel_embed(image, model.pixel_pos)
+    told = model.proj(model.norm1_proj(pixels.reshape(1, case.wrapped.num_patches, -1)))
+    tokens = torch.cat((model.cls_token, model.norm2_proj(told)), dim=1) + model.patch_pos
+    pixels, tokens = pixels[keep], tokens[:, _places(keep, 1, case)]
+    for block in model.blocks:
+        pixels, tokens = block(pixels, tokens)
+    return model.norm(tokens)[:, 1:]
+
+
 def _places(keep, num_prefix, case):
     """Places of the remaining tokens in the model's own sequence."""
     seen = list(range(num_prefix)) if "average" in case.kind else []
@@ -188,4 +209,6 @@ ENCODERS = {
     "gemma": _gemma_tokens,
     "hiera": _hiera_tokens,
     "cait": _cait_tokens,
+    "convit": _convit_tokens,
+    "tnt": _tnt_tokens,
 }

@@ -8,9 +8,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shapwrap import ShapleyWrapper
+from shapwrap.backbones.positions import Places
+from shapwrap.backbones.timm_gemma import TimmGemma
+from shapwrap.backbones.timm_hiera import TimmHiera
+from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import MaskingError
 from tests.backbones import TOKEN_KINDS, cases, make_case, random_coalitions
 from tests.removal_reference import reference_value
+
+PREFIXED = ("class-token", "registers", "beit", "eva", "tnt", "torchvision")
+PREFIX_KINDS = [
+    kind for kind in TOKEN_KINDS if any(word in kind for word in PREFIXED) and "cait" not in kind
+]
 
 
 @pytest.mark.parametrize("kind", TOKEN_KINDS)
@@ -42,16 +51,76 @@ def test_equals_gathering_for_any_grid_batch_dtype_and_coalitions(recipe, seed, 
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["vit-class-token", "naflex-class-token", "gemma-average-soft"])
 @torch.no_grad()
-def test_unfused_attention_is_masked_too():
-    case = make_case("vit-class-token")
+def test_unfused_attention_is_masked_too(kind):
+    case = make_case(kind)
     coalitions = random_coalitions(case, 4, seed=1, paired=True)
     fused = case.wrapped.value(case.images, coalitions)
-    for block in case.wrapped.model.blocks:
-        block.attn.fused_attn = False
+    layers = [m for m in case.wrapped.model.modules() if getattr(m, "fused_attn", False)]
+    assert layers
+    for layer in layers:
+        layer.fused_attn = False
     torch.testing.assert_close(
         case.wrapped.value(case.images, coalitions), fused, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("prefix_tokens", ["keep", "drop"])
+@pytest.mark.parametrize("kind", PREFIX_KINDS)
+@torch.no_grad()
+def test_one_pass_a_pair_is_two_passes_with_or_without_prefix(kind, prefix_tokens):
+    case = make_case(kind, prefix_tokens=prefix_tokens)
+    assert case.wrapped.report().masking == "token-removal"
+    coalitions = random_coalitions(case, 4, seed=3, paired=True)
+    coalitions[:, 0], coalitions[:, 1] = True, False
+    together = case.wrapped.value(case.images, coalitions)
+    one_by_one = [case.wrapped.value(case.images, part) for part in coalitions.split(1, dim=1)]
+    torch.testing.assert_close(together, torch.cat(one_by_one, dim=1), atol=1e-5, rtol=1e-5)
+    assert (together[:, 1] == 0).all()
+    torch.testing.assert_close(together[:, 0], case.wrapped(case.images), atol=1e-5, rtol=1e-5)
+
+
+def _first_rows(places, bias):
+    """A bias that stays behind when tokens move."""
+    length = len(places.prefix) + len(places.patches)
+    rows = torch.arange(length).clamp(max=bias.shape[-1] - 1)
+    return bias[..., rows[:, None], rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "owner", "method", "instead", "words"),
+    [
+        ("beit-average", Places, "of_sequence", _first_rows, "permuting patch tokens"),
+        (
+            "hiera-average",
+            TimmHiera,
+            "embed_present",
+            TokenBackbone.embed_present,
+            "mixes patches before its token slot",
+        ),
+        (
+            "gemma-average-soft",
+            TimmGemma,
+            "project",
+            lambda self, projector, squares: squares.mean((1, 2))[:, None],
+            "replay its own forward pass",
+        ),
+    ],
+)
+def test_gate_refuses_an_adapter_that_is_wrong(monkeypatch, kind, owner, method, instead, words):
+    model = make_case(kind).wrapped.unwrap()
+    size = make_case(kind).wrapped.image_size
+    monkeypatch.setattr(owner, method, instead)
+    with pytest.raises(MaskingError, match=words):
+        ShapleyWrapper(model, masking="token-removal", image_size=size)
+
+
+def test_a_stem_that_mixes_patches_is_refused():
+    model = timm.create_model("tnt_s_legacy_patch16_224", depth=1, num_classes=2).eval()
+    with pytest.raises(MaskingError, match="mixes patches before its token slot"):
+        ShapleyWrapper(model, masking="token-removal")
+    assert ShapleyWrapper(model).report().masking == "zero-mask"
 
 
 class _MixedBeforeBlocks(nn.Module):

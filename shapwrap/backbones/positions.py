@@ -6,7 +6,9 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+from shapwrap.errors import UnsupportedBackboneError
 
 PairBias = Float[Tensor, "#items heads _ _"]
 """What is added to the attention of each pair of tokens."""
@@ -52,8 +54,8 @@ class RotaryPositions(Positions):
 
 
 @dataclass(frozen=True)
-class PairPositions(Positions):
-    """A bias for each pair of tokens, from a table over the model's own sequence."""
+class Places(Positions):
+    """Which tokens of the model's own sequence these are, to take biases of their pairs by."""
 
     prefix: Int[Tensor, " prefix"]
     """Places of the prefix tokens in the model's own sequence, copy after copy."""
@@ -63,20 +65,37 @@ class PairPositions(Positions):
     prefix_has_slots = False
 
     @classmethod
-    def of_whole_sequence(
-        cls, num_prefix: int, num_patches: int, device: torch.device
-    ) -> "PairPositions":
+    def of_whole_sequence(cls, num_prefix: int, num_patches: int, device: torch.device) -> "Places":
         """Places of all tokens, prefix first."""
         places = torch.arange(num_prefix + num_patches, device=device)
         return cls(places[:num_prefix], places[num_prefix:])
 
-    def take(self, patches: Int[Tensor, " kept"]) -> "PairPositions":
-        """Places of these patches."""
-        return PairPositions(self.prefix, self.patches[patches])
+    @classmethod
+    def expected(cls, positions: Positions | None, model: nn.Module) -> "Places":
+        """The positions, where they are of this kind.
 
-    def with_prefix_copies(self, copies: int) -> "PairPositions":
+        Raises:
+            UnsupportedBackboneError: They are of another kind.
+        """
+        if isinstance(positions, Places):
+            return positions
+        raise UnsupportedBackboneError(
+            f"the blocks of {type(model).__name__} were given {type(positions).__name__}; expected "
+            "the Places that embedding its images gives."
+        )
+
+    @property
+    def num_prefix(self) -> int:
+        """Length of the prefix, all copies together."""
+        return len(self.prefix)
+
+    def take(self, patches: Int[Tensor, " kept"]) -> "Places":
+        """Places of these patches."""
+        return Places(self.prefix, self.patches[patches])
+
+    def with_prefix_copies(self, copies: int) -> "Places":
         """The places of the prefix, again and again."""
-        return PairPositions(self.prefix.repeat(copies), self.patches)
+        return Places(self.prefix.repeat(copies), self.patches)
 
     def of_sequence(self, bias: PairBias) -> PairBias:
         """Rows and columns of these tokens, from the bias of the model's own sequence."""

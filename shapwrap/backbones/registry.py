@@ -10,12 +10,14 @@ from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.pooled_children import PooledChildren
 from shapwrap.backbones.timm_beit import TimmBeit
 from shapwrap.backbones.timm_cait import TimmCait
+from shapwrap.backbones.timm_convit import TimmConvit
 from shapwrap.backbones.timm_gemma import TimmGemma
 from shapwrap.backbones.timm_hiera import TimmHiera
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_naflex import TimmNaFlex
 from shapwrap.backbones.timm_qwen import TimmQwen
 from shapwrap.backbones.timm_relpos import TimmRelPos
+from shapwrap.backbones.timm_tnt import TimmTnt
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.timm_whole import TimmWhole
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
@@ -31,6 +33,8 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     TimmGemma,
     TimmHiera,
     TimmCait,
+    TimmConvit,
+    TimmTnt,
     TorchvisionTokens,
     TimmMaps,
     PooledChildren,
@@ -57,7 +61,7 @@ def register_backbone(adapter: Adapter) -> Adapter:
     Raises:
         BackboneTypeError: It is none.
     """
-    if not (isinstance(adapter, type) and issubclass(adapter, Backbone)):
+    if not issubclass(adapter, Backbone):
         raise BackboneTypeError(
             f"{adapter!r} cannot be registered; expected a subclass of shapwrap.Backbone."
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shapwrap._types import Images
-from shapwrap.backbones.positions import PairBias, PairPositions
+from shapwrap.backbones.positions import PairBias, Places
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_pair_bias import TimmPairBias, attend
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -41,7 +41,7 @@ class TimmBeit(TimmPairBias):
         if model.pos_embed is not None:
             tokens = tokens + model.pos_embed
         tokens = model.pos_drop(tokens)
-        positions = PairPositions.of_whole_sequence(1, patches.shape[1], tokens.device)
+        positions = Places.of_whole_sequence(1, patches.shape[1], tokens.device)
         return TokenSequence(tokens[:, :1], tokens[:, 1:], positions, grid)
 
     def shared_bias(self) -> PairBias | None:

@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from shapwrap.backbones.positions import PairBias, PairPositions, Positions
+from shapwrap.backbones.positions import PairBias, Places, Positions
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import Tokens
-from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.masking.attention import AttentionMask, masked_bias
 
 
@@ -36,16 +35,12 @@ class TimmPairBias(TimmTokens):
     ) -> Tokens:
         """All blocks and the final norm."""
         model: Any = self.trunk
-        if not isinstance(positions, PairPositions):
-            raise UnsupportedBackboneError(
-                f"{type(model).__name__} was given {type(positions).__name__}; expected "
-                "PairPositions, by which the bias of its token pairs is taken."
-            )
+        places = Places.expected(positions, model)
         shared = self.shared_bias()
         for block in model.blocks:
             bias = self.block_bias(block, shared)
             if bias is not None:
-                bias = positions.of_sequence(bias)
+                bias = places.of_sequence(bias)
             tokens = self._run(self.run_block, block, tokens, masked_bias(bias, mask))
         return model.norm(tokens)
 

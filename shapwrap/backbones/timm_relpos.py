@@ -6,7 +6,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from shapwrap._types import Images
-from shapwrap.backbones.positions import PairBias, PairPositions
+from shapwrap.backbones.positions import PairBias, Places
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_pair_bias import TimmPairBias, attend
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -38,9 +38,7 @@ class TimmRelPos(TimmPairBias):
         prefix = patches[:, :0]
         if model.cls_token is not None:
             prefix = model.cls_token.expand(len(images), -1, -1)
-        positions = PairPositions.of_whole_sequence(
-            prefix.shape[1], patches.shape[1], patches.device
-        )
+        positions = Places.of_whole_sequence(prefix.shape[1], patches.shape[1], patches.device)
         return TokenSequence(prefix, patches, positions, grid)
 
     def shared_bias(self) -> PairBias | None:

@@ -114,7 +114,7 @@ class TimmTokens(TokenBackbone, TimmMaps):
         """Positions that are learned in each block come with a leading axis over the blocks."""
         return bool(getattr(self.trunk, "rope_mixed", False))
 
-    def _run(self, layer: Callable[..., Tokens], *arguments: Any, **options: Any) -> Tokens:
+    def _run(self, layer: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """One layer, under the model's own gradient checkpointing."""
         if getattr(self.encoder, "grad_checkpointing", False) and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False, **options)

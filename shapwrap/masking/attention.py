@@ -65,3 +65,16 @@ def mask_of_members(
         return mask
     keys = mask.repeat_interleave(size, dim=-1)
     return keys if mask.shape[-2] == 1 else keys.repeat_interleave(size, dim=-2)
+
+
+def mask_of_patches(
+    mask: AttentionMask | None, num_prefix: int
+) -> Bool[Tensor, "#items 1 #patch_queries patch_keys"] | None:
+    """The mask among the patches alone, for layers that the prefix does not enter."""
+    if mask is None or num_prefix == 0:
+        return mask
+    among = mask[..., num_prefix:]
+    if mask.shape[-2] > 1:
+        among = among[..., num_prefix:, :]
+    # Without the prefix a row may be left without any key; what it computes is never read.
+    return among | ~among.any(dim=-1, keepdim=True)
