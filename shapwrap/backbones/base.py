@@ -71,6 +71,13 @@ class Backbone(ABC):
     def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """What the pretrained head makes of one pooled feature, just before its classifier."""
 
+    def project(self, hidden: PreLogits) -> PreLogits:
+        """The last, affine layers of `pre_logits`; by default none.
+
+        A readout may treat them apart from the layers before.
+        """
+        return hidden
+
     @abstractmethod
     def classifiers(self) -> Sequence[nn.Module]:
         """The pretrained classifiers, whose outputs are averaged; empty if there is none."""
