@@ -15,6 +15,7 @@ from shapwrap.backbones.registry import candidates
 from shapwrap.backbones.removal_test import check_removal, check_replay
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.backbones.tower_whole import TowerWhole
 from shapwrap.backbones.whole_model import WholeModel
 from shapwrap.errors import (
     ArgumentError,
@@ -162,7 +163,7 @@ def _masking(backbone: Backbone, images: Images, request: Request) -> Masking:
 
 
 def _keeps_head(backbone: Backbone) -> bool:
-    return isinstance(backbone, WholeModel) and isinstance(backbone, TimmFamily)
+    return isinstance(backbone, WholeModel) and isinstance(backbone, TimmFamily | TowerWhole)
 
 
 def _attempt(

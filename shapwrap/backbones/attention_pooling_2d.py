@@ -26,7 +26,7 @@ class MapPooling:
 
         The mean query and the softmax are those of the present patches alone.
         """
-        if self.layer.cls_token is None:
+        if getattr(self.layer, "cls_token", None) is None:
             weights = present.to(patches.dtype)[..., None]
             first = (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         else:

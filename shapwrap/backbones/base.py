@@ -71,6 +71,13 @@ class Backbone(ABC):
         """What the pretrained head makes of one pooled feature, just before its classifier."""
         return pooled
 
+    def project(self, hidden: PreLogits) -> PreLogits:
+        """The last, affine layers of `pre_logits`; by default none.
+
+        A readout may treat them apart from the layers before.
+        """
+        return hidden
+
     @abstractmethod
     def classifiers(self) -> Sequence[nn.Module]:
         """The pretrained classifiers, whose outputs are averaged; empty if there is none."""

@@ -7,6 +7,9 @@ from typing import TypeVar
 from torch import nn
 
 from shapwrap.backbones.base import Backbone
+from shapwrap.backbones.image_text import check_one_tower
+from shapwrap.backbones.open_clip_resnet import OpenClipResNet
+from shapwrap.backbones.open_clip_tokens import OpenClipTokens
 from shapwrap.backbones.pooled_children import PooledChildren
 from shapwrap.backbones.timm_beit import TimmBeit
 from shapwrap.backbones.timm_cait import TimmCait
@@ -19,8 +22,10 @@ from shapwrap.backbones.timm_qwen import TimmQwen
 from shapwrap.backbones.timm_relpos import TimmRelPos
 from shapwrap.backbones.timm_tnt import TimmTnt
 from shapwrap.backbones.timm_tokens import TimmTokens
+from shapwrap.backbones.timm_tower import TimmTowerMaps, TimmTowerTokens
 from shapwrap.backbones.timm_whole import TimmWhole
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
+from shapwrap.backbones.tower_whole import TowerWhole
 from shapwrap.backbones.traced import TracedMean, TracedWhole
 from shapwrap.errors import BackboneTypeError
 
@@ -37,6 +42,11 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     TimmTnt,
     TorchvisionTokens,
     TimmMaps,
+    OpenClipTokens,
+    OpenClipResNet,
+    TimmTowerTokens,
+    TimmTowerMaps,
+    TowerWhole,
     PooledChildren,
     TracedMean,
     TimmWhole,
@@ -77,6 +87,11 @@ def _installed() -> tuple[type[Backbone], ...]:
 
 
 def candidates(model: nn.Module) -> list[Backbone]:
-    """Adapters that recognise the parts of `model`, best first; never empty."""
+    """Adapters that recognise the parts of `model`, best first; never empty.
+
+    Raises:
+        BackboneTypeError: An image-text model.
+    """
+    check_one_tower(model)
     adapters = (*_registered, *_installed(), *ADAPTERS)
     return [adapter(model) for adapter in adapters if adapter.recognises(model)]

@@ -26,6 +26,7 @@ def choose_readout(
     modules: Sequence[nn.Module],
     like: Tensor,
     requested: str = "auto",
+    project: PreLogitFunction | None = None,
 ) -> Readout:
     """The most local readout that is exact for these layers, or the one that was asked for.
 
@@ -34,6 +35,7 @@ def choose_readout(
         modules: Where their submodules can be found.
         like: Pooled features [M, D], M >= 1, of the kind that the layers get.
         requested: "auto" or a readout's name.
+        project: The last of these layers, if they come apart.
 
     Raises:
         ReadoutError: Unknown, or not exact for this head.
@@ -47,7 +49,7 @@ def choose_readout(
     idle = torch.equal(pre_logits(flat), flat)
     kinds: tuple[Callable[[], Readout | None], ...] = (
         lambda: AffineReadout(pre_logits, idle=idle),
-        lambda: _shared_norm(pre_logits, modules, features),
+        lambda: _shared_norm(pre_logits, modules, features, project),
         lambda: GapReadout(pre_logits),
     )
     for build in kinds:
@@ -78,13 +80,15 @@ def _probes(like: Tensor) -> Tensor:
 def _is_exact(readout: Readout, pre_logits: PreLogitFunction, features: Tensor) -> bool:
     """Whether scores average to the pre-logits of the mean, at every scale of the probes."""
     expected = pre_logits(features.mean(dim=1))
+    if readout.pooled(features.mean(dim=1)).shape != expected.shape:
+        return False
     alone = pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
     # What the layers do to differences between patches; a large bias must not hide an error.
     size = (alone - alone.mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2))
     rounding = 1e-6 * expected.abs().amax(dim=1)
     errors = torch.stack(
         (
-            (readout.patch_scores(features).mean(dim=1) - expected).abs().amax(dim=1),
+            (readout.shares(features).mean(dim=1) - expected).abs().amax(dim=1),
             (readout.pooled(features.mean(dim=1)) - expected).abs().amax(dim=1),
         )
     )
@@ -92,15 +96,18 @@ def _is_exact(readout: Readout, pre_logits: PreLogitFunction, features: Tensor) 
 
 
 def _shared_norm(
-    pre_logits: PreLogitFunction, modules: Sequence[nn.Module], features: Tensor
+    pre_logits: PreLogitFunction,
+    modules: Sequence[nn.Module],
+    features: Tensor,
+    project: PreLogitFunction | None,
 ) -> Readout | None:
-    """A readout around the one normalisation that runs between pooling and classifier."""
+    """A readout around the normalisation that runs right after pooling, before affine layers."""
     layers = layers_that_run(lambda: pre_logits(features.flatten(0, 1)), modules)
-    changing = [layer for layer in layers if layer.changed_input]
-    if len(changing) != 1 or not _acts_on_channels(changing[0].module(), features.shape[-1]):
+    first = next((layer for layer in layers if layer.changed_input), None)
+    if first is None or not _acts_on_channels(first.module(), features.shape[-1]):
         return None
     for centred in (True, False):
-        readout = SharedNormReadout(pre_logits, changing[0].module, centred=centred)
+        readout = SharedNormReadout(pre_logits, first.module, centred=centred, project=project)
         if _is_exact(readout, pre_logits, features):
             return readout
     return None

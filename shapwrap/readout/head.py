@@ -1,6 +1,6 @@
 """The pretrained head in three parts: layers after pooling, readout, classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,15 +53,19 @@ class PreLogitLayers:
         Dropout is left to `Head`, which shares one draw; batch statistics stay those of the clean
         images that were pooled, so both kinds of layer run in eval mode here.
         """
-        precision = pooled.dtype
-        layers = [layer.module() for layer in self._layers]
-        with evaluation_mode([self.backbone.model, *layers]):
-            pooled = pooled.to(self.backbone.parameter.dtype)
-            if self.complete and self.head is None:
-                hidden = self.backbone.class_scores(pooled)
-            else:
-                hidden = self.after_model(self.backbone.pre_logits(pooled))
-        return hidden.to(precision)
+        if self.complete and self.head is None:
+            return self._run(self.backbone.class_scores, pooled)
+        return self._run(lambda given: self.after_model(self.backbone.pre_logits(given)), pooled)
+
+    def project(self, hidden: Tensor) -> PreLogits:
+        """The last layers of these alone: a projection, and the hidden layers of a new head."""
+        return self._run(lambda given: self.after_model(self.backbone.project(given)), hidden)
+
+    def _run(self, layers: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        precision = given.dtype
+        ran = [layer.module() for layer in self._layers]
+        with evaluation_mode([self.backbone.model, *ran]):
+            return layers(given.to(self.backbone.parameter.dtype)).to(precision)
 
 
 class ClassifierLayers:
@@ -115,7 +119,8 @@ class Head:
             self.readout: Readout = self._share_output(backbone, like, readout)
         else:
             owners = [backbone.model, *([head] if head is not None else [])]
-            self.readout = choose_readout(self.pre_logits, owners, like, readout)
+            project = None if complete else self.pre_logits.project
+            self.readout = choose_readout(self.pre_logits, owners, like, readout, project)
         self.dropout = backbone.classifier_dropout() if head is None else _head_dropout(head)
         if complete:
             # Its place is between layers that are run as one.

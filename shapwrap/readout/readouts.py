@@ -26,6 +26,9 @@ class Readout(ABC):
 
     name: ClassVar[ReadoutName]
 
+    _rounds: bool = False
+    """Whether layers of the model, maybe in half precision, run on the result of each patch."""
+
     def __init__(self, pre_logits: PreLogitFunction):
         self.pre_logits = pre_logits
 
@@ -34,8 +37,16 @@ class Readout(ABC):
         return self.pre_logits(means)
 
     @abstractmethod
+    def shares(self, features: PatchFeatures) -> PatchScores:
+        """z, one vector a patch, up to what layers in half precision lose by rounding."""
+
     def patch_scores(self, features: PatchFeatures) -> PatchScores:
         """z, one vector a patch, whose mean over patches is `pooled(features.mean(1))`."""
+        shares = self.shares(features)
+        if not self._rounds:
+            return shares
+        missing = self.pooled(features.mean(dim=1)) - shares.mean(dim=1)
+        return shares + missing[:, None]
 
 
 class AffineReadout(Readout):
@@ -46,13 +57,14 @@ class AffineReadout(Readout):
     def __init__(self, pre_logits: PreLogitFunction, *, idle: bool = False):
         super().__init__(pre_logits)
         self._idle = idle
+        self._rounds = not idle
 
     @override
     def pooled(self, means: PooledFeatures) -> PreLogits:
         return means if self._idle else self.pre_logits(means)
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchScores:
+    def shares(self, features: PatchFeatures) -> PatchScores:
         if self._idle:
             return features
         return self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
@@ -61,24 +73,32 @@ class AffineReadout(Readout):
 class SharedNormReadout(Readout):
     """A normalisation after pooling: linear once its scale is known, so patches share the scale.
 
-    z_n = gamma * (e_n - mean of e_n) / sigma + beta, with sigma that of the pooled feature.
+    z_n = gamma * (e_n - mean of e_n) / sigma + beta, with sigma that of the pooled feature; affine
+    layers that follow are run on z_n.
     """
 
     name = "shared-norm"
 
     def __init__(
-        self, pre_logits: PreLogitFunction, norm: Callable[[], nn.Module], *, centred: bool
+        self,
+        pre_logits: PreLogitFunction,
+        norm: Callable[[], nn.Module],
+        *,
+        centred: bool,
+        project: PreLogitFunction | None = None,
     ):
         super().__init__(pre_logits)
         self._norm = norm
         self._centred = centred
+        self._project = project
+        self._rounds = project is not None
 
     @override
     def pooled(self, means: PooledFeatures) -> PreLogits:
         return self._scale_and_shift(means, means)
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchScores:
+    def shares(self, features: PatchFeatures) -> PatchScores:
         return self._scale_and_shift(features, features.mean(dim=1, keepdim=True))
 
     def _scale_and_shift(self, features: Tensor, pooled: Tensor) -> Tensor:
@@ -92,7 +112,9 @@ class SharedNormReadout(Readout):
             scores = scores * weight.to(scores.dtype)
         if isinstance(bias := getattr(norm, "bias", None), Tensor):
             scores = scores + bias.to(scores.dtype)
-        return scores
+        if self._project is None:
+            return scores
+        return self._project(scores.flatten(0, -2)).unflatten(0, scores.shape[:-1])
 
 
 class GapReadout(Readout):
@@ -104,7 +126,7 @@ class GapReadout(Readout):
     name = "gap"
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchScores:
+    def shares(self, features: PatchFeatures) -> PatchScores:
         alone = self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         gap = self.pooled(features.mean(dim=1))[:, None] - alone.mean(dim=1, keepdim=True)
         return alone + gap
@@ -125,7 +147,7 @@ class EfficiencyGapReadout(Readout):
         self._layer = layer
 
     @override
-    def patch_scores(self, features: PatchFeatures) -> PatchScores:
+    def shares(self, features: PatchFeatures) -> PatchScores:
         own = features[..., : self._own_width]
         centred = own - own.mean(dim=1, keepdim=True)
         weight = self._layer.weight.to(features.dtype)

@@ -1,0 +1,21 @@
+"""Models of images and texts, of which one tower reads images."""
+
+from torch import nn
+
+from shapwrap.errors import BackboneTypeError
+
+
+def check_one_tower(model: nn.Module) -> None:
+    """Raise unless the model reads images alone.
+
+    Raises:
+        BackboneTypeError: A CLIP-like model, with an image tower and an encoder of texts.
+    """
+    towers = isinstance(getattr(model, "visual", None), nn.Module)
+    if towers and callable(getattr(model, "encode_text", None)):
+        name = type(model).__name__
+        raise BackboneTypeError(
+            f"{name} reads images and texts and returns embeddings of both; expected its image "
+            "tower and a head. Pass the tower: ShapleyWrapper(model.visual, "
+            "head=nn.Linear(embedding, classes)), or num_classes= for a new head."
+        )
