@@ -102,8 +102,8 @@ def note_for(wrapping: Wrapping) -> str:
         )
     if wrapping.head.patch_layer is not None:
         sentences.append(
-            "The head is kept whole: the logits are those of the original model, and each patch "
-            "gets an equal share until a layer of its own is trained with shapley_loss."
+            "The logits are those of the original model, whose head is kept whole: each patch gets "
+            "an equal share until a layer of its own is trained with shapley_loss."
         )
     if wrapping.stride_changes:
         sentences.append(

@@ -10,6 +10,7 @@ from shapwrap._types import Images, PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling import Part, contributions
 from shapwrap.backbones.attentional_pooler import QueryPooling
 from shapwrap.backbones.base import Normalization
+from shapwrap.backbones.positions import Positions
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.backbones.tower_whole import embedding_of, pixel_statistics, size_of_tower
 from shapwrap.errors import ImageError, UnsupportedBackboneError
@@ -57,7 +58,9 @@ class OpenClipTokens(TokenBackbone):
         tokens = model.ln_pre(tokens + model.positional_embedding.to(tokens.dtype))
         return TokenSequence(tokens[:, :1], tokens[:, 1:], None, grid)
 
-    def encode(self, tokens: Tokens, rotary: Tensor | None, mask: AttentionMask | None) -> Tokens:
+    def encode(
+        self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None
+    ) -> Tokens:
         """All blocks, and the final norm where it comes before pooling."""
         forbidden = None if mask is None else _additive(mask, tokens, self._num_heads())
         return self._normed(self.model.transformer(tokens, attn_mask=forbidden))
