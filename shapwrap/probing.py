@@ -30,6 +30,12 @@ def in_full_precision(*modules: nn.Module) -> Iterator[None]:
     finally:
         for tensor, dtype in halves:
             tensor.data = tensor.data.to(dtype)
+        known = {id(tensor) for tensor in tensors}
+        made = [b for module in modules for b in module.buffers() if id(b) not in known]
+        for buffer in made if halves else []:
+            # A model may fill buffers as it runs, in the precision that its weights had inside.
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(halves[0][1])
 
 
 @contextmanager

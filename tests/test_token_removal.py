@@ -204,6 +204,13 @@ def test_gate_is_as_strict_in_half_precision(dtype):
     assert wrapped.report().masking == "token-removal"
 
 
+def test_a_buffer_that_the_model_fills_follows_its_precision():
+    case = make_case("convit-class-token", dtype=torch.bfloat16)
+    assert case.wrapped.report().masking == "token-removal"
+    assert case.wrapped.attribute(case.images).isfinite().all()
+    assert case.wrapped.unwrap()(case.images).dtype == torch.bfloat16
+
+
 def test_zero_masking_on_request():
     case = make_case("vit-class-token", masking="zero-mask")
     assert case.wrapped.report().masking == "zero-mask"
