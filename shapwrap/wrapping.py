@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from shapwrap._types import Grid, Images
 from shapwrap.backbones.base import Backbone
-from shapwrap.backbones.densify import StrideChange, densify
+from shapwrap.backbones.densify import densify
 from shapwrap.backbones.registry import candidates
 from shapwrap.backbones.removal_test import check_removal, check_replay
+from shapwrap.backbones.stride_one import StrideChange
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import (
     ArgumentError,
