@@ -48,11 +48,12 @@ def _refine(
     height, width = images.shape[-2:]
     if grid[0] > height or grid[1] > width:
         raise GridError("that is more than one patch a pixel")
-    current = native
-    while current != grid:
-        if current[0] > grid[0] or current[1] > grid[1]:
-            raise GridError(f"the next finer grid is {current}" if changes else "that is coarser")
-        current = _one_level(backbone, images, current, changes)
+    reached = [native]
+    while reached[-1] != grid:
+        if reached[-1][0] > grid[0] or reached[-1][1] > grid[1]:
+            passed = ", ".join(map(str, reached[1:]))
+            raise GridError(f"its finer grids are {passed}, …" if passed else "that is coarser")
+        reached.append(_one_level(backbone, images, reached[-1], changes))
 
 
 def _one_level(
@@ -102,8 +103,8 @@ def _to_stride_one_together(level: list[LayerCall], changes: list[StrideChange])
 def _why_it_fails(level: list[LayerCall], error: Exception) -> str:
     return (
         f"with {' and '.join(map(str, level))} at stride 1 its forward pass fails "
-        f"({type(error).__name__}: {error}); a model with windows or positions for one size of "
-        "its map keeps that size"
+        f"({type(error).__name__}: {error}); a model that also downsamples outside of such layers, "
+        "or has windows or positions for one size of its map, keeps that size"
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from shapwrap._types import Grid
 from shapwrap.errors import GridError
 
-_POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+_POOLS = (nn.AvgPool2d, nn.MaxPool2d)
 
 
 class LayerCall(NamedTuple):
