@@ -11,7 +11,7 @@ from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
-from shapwrap.backbones.densify import restore
+from shapwrap.backbones.stride_one import native_strides, restore
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.choosing import Request
 from shapwrap.coalitions.checks import (
@@ -121,13 +121,14 @@ class ShapleyWrapper(nn.Module):
             # Nothing reads them any more; DDP would wait for their gradients.
             parameter.requires_grad_(False)
         self._params_before = count_parameters(model)
+        self._unwrapped = False
         self._class_names = None if class_names is None else list(class_names)
         if self._class_names is not None and len(self._class_names) != self.num_classes:
+            self.unwrap()
             raise ArgumentError(
                 f"class_names has {len(self._class_names)} names; expected {self.num_classes}, "
                 "one for each class of this model."
             )
-        self._unwrapped = False
 
     # --- the model, as a function -------------------------------------------------------------
 
@@ -360,13 +361,8 @@ class ShapleyWrapper(nn.Module):
         image = random_images(wrapping.backbone, wrapping.image_size, batch=1)
         after = count_multiply_adds(self, lambda: self.attribute(image))
         logits_alone = count_multiply_adds(self, lambda: self(image))
-        dense_strides = [change.layer.stride for change in wrapping.stride_changes]
-        restore(wrapping.stride_changes)
-        try:
+        with native_strides(wrapping.stride_changes):
             before = count_multiply_adds(self.model, lambda: self.model(image))
-        finally:
-            for change, stride in zip(wrapping.stride_changes, dense_strides, strict=True):
-                change.layer.stride = stride
         return Report(
             backbone=f"{type(self.model).__name__} ({wrapping.backbone.family})",
             masking=wrapping.masking,

@@ -6,7 +6,8 @@ from torch import nn
 
 from shapwrap._types import Grid
 from shapwrap.backbones.base import Backbone
-from shapwrap.backbones.densify import StrideChange, densify
+from shapwrap.backbones.densify import densify
+from shapwrap.backbones.stride_one import StrideChange
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.choosing import Masking, Request, check_request, choose, logit_difference
 from shapwrap.errors import UnsupportedBackboneError

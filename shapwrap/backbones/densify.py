@@ -1,31 +1,13 @@
 """A finer patch grid for a convolutional backbone: its last stages at stride 1."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from shapwrap._types import Grid, Images
 from shapwrap.backbones.base import Backbone
+from shapwrap.backbones.last_level import last_level
+from shapwrap.backbones.stride_one import LayerCall, StrideChange, restore, to_stride_one
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import GridError
-
-
-class StrideChange(NamedTuple):
-    """One layer whose stride was set to 1, and what it was."""
-
-    layer: nn.Conv2d
-    stride: tuple[int, ...]
-
-    def undo(self) -> None:
-        """Give the layer its stride back."""
-        self.layer.stride = self.stride
-
-
-class _Downsampling(NamedTuple):
-    layer: nn.Module
-    output: Grid
 
 
 def densify(backbone: Backbone, images: Images, grid: Grid) -> list[StrideChange]:
@@ -34,80 +16,96 @@ def densify(backbone: Backbone, images: Images, grid: Grid) -> list[StrideChange
     Parameters stay as they are; the receptive field and the logits do not.
 
     Raises:
-        GridError: No number of last stages at stride 1 gives this grid; the model is unchanged.
+        GridError: No number of last stages at stride 1 gives this grid, with the layer that
+            stands in the way; the model is unchanged.
 
     References:
         Fan, Yang & Ma 2026, "modify the stride parameter from 2 to 1 ... in stage 4".
     """
-    changes: list[StrideChange] = []
-    native = current = backbone.features(images).grid
+    native = backbone.features(images).grid
     if isinstance(backbone, TokenBackbone):
         raise GridError(
             f"grid={grid} is out of reach for {type(backbone.model).__name__}: its patch embedding "
             f"makes {native} tokens of these images. Use larger images with image_size=, or a "
             "model with smaller patches."
         )
+    changes: list[StrideChange] = []
     try:
-        while current != grid:
-            if current[0] >= grid[0] or current[1] >= grid[1]:
-                raise GridError(_cannot(backbone, images, native, grid, f"the next is {current}"))
-            changes += _last_level_to_stride_one(backbone, images, current, native, grid)
-            finer = backbone.features(images).grid
-            if finer[0] <= current[0] or finer[1] <= current[1]:
-                raise GridError(_cannot(backbone, images, native, grid, "the map did not grow"))
-            current = finer
-    except (GridError, RuntimeError) as error:
+        _refine(backbone, images, native, grid, changes)
+    except GridError as error:
         restore(changes)
-        if isinstance(error, GridError):
-            raise
-        raise GridError(
-            _cannot(backbone, images, native, grid, f"its forward pass then fails: {error}")
-        ) from error
+        raise GridError(_cannot(backbone, images, native, grid, str(error))) from error
+    except BaseException:
+        restore(changes)
+        raise
     return changes
 
 
-def _last_level_to_stride_one(
-    backbone: Backbone, images: Images, current: Grid, native: Grid, grid: Grid
-) -> list[StrideChange]:
-    with _recorded_downsampling(backbone.model) as found:
-        backbone.features(images)
-    level = [downsampling.layer for downsampling in found if downsampling.output == current]
-    if not level:
-        raise GridError(_cannot(backbone, images, native, grid, "no strided layer makes the map"))
-    changes = []
-    for layer in level:
-        if not isinstance(layer, nn.Conv2d) or layer.stride != (2, 2):
-            restore(changes)
+def _refine(
+    backbone: Backbone, images: Images, native: Grid, grid: Grid, changes: list[StrideChange]
+) -> None:
+    """Level by level, until the map has `grid`; what was changed is in `changes` at any time."""
+    height, width = images.shape[-2:]
+    if grid[0] > height or grid[1] > width:
+        raise GridError("that is more than one patch a pixel")
+    reached = [native]
+    while reached[-1] != grid:
+        if reached[-1][0] > grid[0] or reached[-1][1] > grid[1]:
+            passed = ", ".join(map(str, reached[1:]))
+            raise GridError(f"its finer grids are {passed}, …" if passed else "that is coarser")
+        reached.append(_one_level(backbone, images, reached[-1], changes))
+
+
+def _one_level(
+    backbone: Backbone, images: Images, current: Grid, changes: list[StrideChange]
+) -> Grid:
+    """Adds the changes that make the next finer map, and returns its size."""
+    failure: GridError | None = None
+    start = len(changes)
+    for level in last_level(backbone, images, current, {change.layer for change in changes}):
+        try:
+            _to_stride_one_together(level, changes)
+            finer = backbone.features(images).grid
+            if finer[0] < current[0] or finer[1] < current[1] or finer == current:
+                raise GridError(f"the map did not grow, but went from {current} to {finer}")
+            return finer
+        except Exception as error:
+            # Whatever the model's own code raises on a map that it was not built for.
+            restore(changes[start:])
+            del changes[start:]
+            if failure is None:
+                failed = isinstance(error, GridError)
+                failure = error if failed else GridError(_why_it_fails(level, error))
+                failure.__cause__ = None if failed else error
+    raise failure or GridError("no layer makes its map")
+
+
+def _to_stride_one_together(level: list[LayerCall], changes: list[StrideChange]) -> None:
+    """All layers of a level, whose outputs meet in a sum or a concatenation."""
+    offsets: list[Grid] = []
+    for call in level:
+        change, offset = to_stride_one(call)
+        changes.append(change)
+        offsets.append(offset)
+    for index, call in enumerate(level, start=-len(level)):
+        if offsets[index] == max(offsets):
+            continue
+        # What meets must still see the same place.
+        changes[index].undo()
+        changes[index], offset = to_stride_one(call, leading=True)
+        if offset != max(offsets):
             raise GridError(
-                _cannot(
-                    backbone,
-                    images,
-                    native,
-                    grid,
-                    f"its map is made by {layer}, which is not a convolution of stride 2",
-                )
+                f"{call} runs beside a layer that pads more before its input at stride 1, so "
+                "their outputs would no longer see the same place"
             )
-        changes.append(StrideChange(layer, tuple(layer.stride)))
-        layer.stride = (1, 1)
-    return changes
 
 
-@contextmanager
-def _recorded_downsampling(model: nn.Module) -> Iterator[list[_Downsampling]]:
-    """Records the strided layers that run, with the size of what they return."""
-    found: list[_Downsampling] = []
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.ndim == 4 and output.shape[-2:] != inputs[0].shape[-2:]:
-            found.append(_Downsampling(layer, (output.shape[-2], output.shape[-1])))
-
-    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-    handles = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, kinds)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def _why_it_fails(level: list[LayerCall], error: Exception) -> str:
+    return (
+        f"with {' and '.join(map(str, level))} at stride 1 its forward pass fails "
+        f"({type(error).__name__}: {error}); a model that also downsamples outside of such layers, "
+        "or has windows or positions for one size of its map, keeps that size"
+    )
 
 
 def _cannot(backbone: Backbone, images: Tensor, native: Grid, grid: Grid, why: str) -> str:
@@ -117,9 +115,3 @@ def _cannot(backbone: Backbone, images: Tensor, native: Grid, grid: Grid, why: s
         f"pixels, whose own grid is {native}: {why}. Each step of the last stage to stride 1 "
         "doubles rows and columns; leave grid=None for the backbone's own grid."
     )
-
-
-def restore(changes: list[StrideChange]) -> None:
-    """Give all layers their strides back."""
-    for change in changes:
-        change.undo()
