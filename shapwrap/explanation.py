@@ -13,6 +13,7 @@ from torch.nn import functional
 from shapwrap._types import Grid, Logits
 from shapwrap.backbones.base import Normalization
 from shapwrap.errors import ArgumentError, TargetError
+from shapwrap.masking.pixels import fitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +42,9 @@ class Explanation:
     """Pixel statistics, where known, to draw images in their true colours."""
     baseline: float | Tensor = 0.0
     """v of the empty coalition, a number or [K]."""
+    covered: tuple[int, int] | None = None
+    """Height and width over which the patches lie, from the upper left corner, where that is not
+    the image: pixels beyond are read by no patch."""
 
     def heatmap(self, size: tuple[int, int] | None = None) -> Float[Tensor, "batch height width"]:
         """The values as maps, [B, H, W], in logits a patch.
@@ -58,7 +62,11 @@ class Explanation:
         if not isinstance(size, tuple | list) or len(size) != 2 or min(size) < 1:
             raise ArgumentError(f"size is {size}; expected (height, width), both at least 1.")
         maps = rearrange(self.values, "b (rows columns) -> b 1 rows columns", rows=self.grid[0])
-        return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)[:, 0]
+        covered = self.covered or self.image_size
+        (height, width), (rows, columns) = self.image_size, covered
+        scaled = (round(rows * size[0] / height), round(columns * size[1] / width))
+        drawn = functional.interpolate(maps, size=scaled, mode="bilinear", align_corners=False)
+        return fitted(drawn, (size[0], size[1]), fill=0.0)[:, 0]
 
     def explained(self) -> Float[Tensor, " batch"]:
         """What the values must sum to: the logit of the target, minus baseline and contrast."""

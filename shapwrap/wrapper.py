@@ -262,6 +262,7 @@ class ShapleyWrapper(nn.Module):
             class_names=self.class_names,
             normalization=self.normalization,
             baseline=self.baseline,
+            covered=self._wrapping.backbone.covered((images.shape[-2], images.shape[-1]), grid),
         )
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from shapwrap.backbones.positions import Places
 from shapwrap.backbones.timm_gemma import TimmGemma
 from shapwrap.backbones.timm_hiera import TimmHiera
 from shapwrap.backbones.tokens import TokenBackbone
-from shapwrap.errors import MaskingError
+from shapwrap.errors import ImageError, MaskingError
 from tests.backbones import TOKEN_KINDS, cases, make_case, random_coalitions
 from tests.removal_reference import reference_value
 
@@ -102,7 +102,7 @@ def _first_rows(places, bias):
         (
             "gemma-average-soft",
             TimmGemma,
-            "project",
+            "project_tokens",
             lambda self, projector, squares: squares.mean((1, 2))[:, None],
             "replay its own forward pass",
         ),
@@ -234,3 +234,28 @@ def test_prefix_tokens_are_dropped_or_kept():
     assert sensitivity("vit-registers", prefix_tokens="keep") > 1e-4
     assert sensitivity("vit-average-norm-registers") > 1e-4
     assert sensitivity("vit-average-norm-registers", prefix_tokens="drop") == 0
+
+
+def test_patches_that_leave_pixels_unread():
+    """A model may be built for a size that its patches do not divide: no patch reads the rest."""
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=38, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=3
+    ).eval()
+    wrapped = ShapleyWrapper(model)
+    assert (wrapped.grid, wrapped.report().masking) == ((4, 4), "token-removal")
+    images = torch.randn(1, 3, 38, 38)
+    explanation = wrapped.explain(images)
+    assert explanation.covered == (32, 32)
+    heatmap = explanation.heatmap()
+    assert heatmap.shape == (1, 38, 38)
+    assert not heatmap[:, 32:].any() and not heatmap[:, :, 32:].any()
+    assert heatmap[:, :32, :32].all()
+    first = torch.zeros(1, 1, 16, dtype=torch.bool)
+    first[..., 0] = True
+    changed = torch.randn(1, 3, 38, 38)
+    changed[..., :8, :8] = images[..., :8, :8]
+    zeroed = ShapleyWrapper(wrapped.unwrap(), masking="zero-mask")
+    with torch.no_grad():
+        assert torch.equal(zeroed.value(images, first), zeroed.value(changed, first))
+    with pytest.raises(ImageError, match="refuses images of 44 x 44"):
+        zeroed(torch.randn(1, 3, 44, 44))

@@ -96,6 +96,10 @@ class Backbone(ABC):
         """
         return self.features(images).features
 
+    def covered(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
+        """Height and width over which the patches lie, from the upper left corner: the image."""
+        return size
+
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model was built for; 224 x 224 where it does not tell."""
         return 224, 224
@@ -108,7 +112,8 @@ class Backbone(ABC):
         self, images: Images, coalitions: Coalitions, grid: Grid
     ) -> Float[Tensor, "batch coalitions features"]:
         """Mean feature over the patches of each coalition, the pixels of the others zeroed."""
-        masked = zero_absent_pixels(images, coalitions, grid)
+        covered = self.covered((images.shape[-2], images.shape[-1]), grid)
+        masked = zero_absent_pixels(images, coalitions, grid, covered)
         flat = coalitions.flatten(0, 1)
         # Masked images neither enter the batch statistics nor are measured by those of a batch.
         with clean_statistics(self.model):

@@ -1,5 +1,7 @@
 """From a backbone's feature map, in whatever layout, to features of patches row by row."""
 
+from typing import Any
+
 from einops import rearrange
 from torch import Tensor
 
@@ -14,6 +16,15 @@ def patches_of_map(feature_map: Tensor, *, channels_last: bool = False) -> Featu
         feature_map = rearrange(feature_map, "b d h w -> b h w d")
     grid = (feature_map.shape[1], feature_map.shape[2])
     return FeatureMap(rearrange(feature_map, "b h w d -> b (h w) d"), grid)
+
+
+def is_channels_last(model: Any, feature_map: Tensor) -> bool:
+    """Whether a map of the model is [B, h, w, D]: it says so, or its last axis has its width."""
+    stated = getattr(model, "output_fmt", None)
+    if stated is not None:
+        return str(getattr(stated, "value", stated)).upper() == "NHWC"
+    width = getattr(model, "num_features", None)
+    return feature_map.shape[-1] == width and feature_map.shape[1] != width
 
 
 def patches_of(features: Tensor, size: tuple[int, int], name: str) -> FeatureMap:

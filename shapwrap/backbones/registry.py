@@ -8,6 +8,7 @@ from torch import nn
 
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.image_text import check_one_tower
+from shapwrap.backbones.map_encoder import MapEncoder
 from shapwrap.backbones.open_clip_resnet import OpenClipResNet
 from shapwrap.backbones.open_clip_tokens import OpenClipTokens
 from shapwrap.backbones.pooled_children import PooledChildren
@@ -48,6 +49,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     TimmTowerMaps,
     TowerWhole,
     PooledChildren,
+    MapEncoder,
     TracedMean,
     TimmWhole,
     TracedWhole,

@@ -91,7 +91,8 @@ def _check_local(backbone: TokenBackbone, images: Images, grid: Grid, name: str)
     row, column = rows // 2, columns // 2
     alone = torch.zeros(images.shape[0], 1, rows * columns, dtype=torch.bool, device=images.device)
     alone[:, :, row * columns + column] = True
-    inside = pixel_mask(alone, grid, (images.shape[-2], images.shape[-1]))
+    size = (images.shape[-2], images.shape[-1])
+    inside = pixel_mask(alone, grid, size, backbone.covered(size, grid))
     changed = torch.where(inside, images, images.flip(0) * -1.5 + 0.3)
     before, after = (
         backbone.embed_present(pixels, alone, paired=False).patches[alone[:, 0]]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from shapwrap._types import Grid, Images, PatchFeatures, PatchMask, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import FeatureMap
-from shapwrap.backbones.layout import grid_of_tokens, patches_of_map
+from shapwrap.backbones.layout import grid_of_tokens, is_channels_last, patches_of_map
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.errors import UnsupportedBackboneError
 
@@ -115,13 +115,7 @@ class TimmMaps(TimmFamily):
         return feature_map
 
     def _channels_last(self, feature_map: Tensor) -> bool:
-        stated = getattr(self.trunk, "output_fmt", None)
-        if stated is not None:
-            return str(getattr(stated, "value", stated)).upper() == "NHWC"
-        return (
-            feature_map.shape[-1] == self.trunk.num_features
-            and feature_map.shape[1] != self.trunk.num_features
-        )
+        return is_channels_last(self.trunk, feature_map)
 
     def _num_prefix(self) -> int:
         return int(getattr(self.trunk, "num_prefix_tokens", 0))

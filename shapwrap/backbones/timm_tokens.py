@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from shapwrap._types import Images, PatchFeatures, PooledFeatures, PreLogits
+from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling import LatentPooling, Part, contributions
 from shapwrap.backbones.positions import Positions, RotaryPositions
 from shapwrap.backbones.timm_maps import TimmMaps
@@ -46,19 +46,26 @@ class TimmTokens(TokenBackbone, TimmMaps):
         return TokenSequence(tokens[:, :prefix], tokens[:, prefix:], positions, grid)
 
     def _check_divisible(self, images: Images) -> None:
-        """Rows and columns that no patch covers would be drawn as if patches had seen them."""
+        """Only a model that was trained so may leave rows and columns unread."""
         embedding = self._patch_embedding()
         patch = getattr(embedding, "patch_size", None)
         padded = getattr(embedding, "dynamic_img_pad", False)
-        if patch is None or padded:
-            return
         height, width = images.shape[-2:]
+        if patch is None or padded or (height, width) == self.image_size():
+            return
         if height % patch[0] or width % patch[1]:
             raise ImageError(
                 f"{type(self.trunk).__name__} refuses images of {height} x {width} pixels: its "
                 f"patches of {patch[0]} x {patch[1]} leave some unread. Resize the images to "
                 "multiples of the patch, or build the model with dynamic_img_pad=True."
             )
+
+    def covered(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
+        """Whole patches: less than the image, or more where the model pads it."""
+        patch = getattr(self._patch_embedding(), "patch_size", None)
+        if patch is None or not (size[0] % patch[0] or size[1] % patch[1]):
+            return size
+        return grid[0] * patch[0], grid[1] * patch[1]
 
     def encode(
         self, tokens: Tokens, positions: Positions | None, mask: AttentionMask | None

@@ -8,9 +8,12 @@ from torch.nn import functional
 
 from shapwrap._types import Coalitions, Grid, Images
 
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
 
 def zero_absent_pixels(
-    images: Images, coalitions: Coalitions, grid: Grid
+    images: Images, coalitions: Coalitions, grid: Grid, covered: Size | None = None
 ) -> Float[Tensor, "items channels height width"]:
     """One masked image for each coalition, [B * S, C, H, W], zero where a patch is absent.
 
@@ -21,17 +24,34 @@ def zero_absent_pixels(
     References:
         Fan, Yang & Ma 2026, "standard zero-masking for CNN".
     """
-    present = pixel_mask(coalitions, grid, (images.shape[-2], images.shape[-1]))
+    present = pixel_mask(coalitions, grid, (images.shape[-2], images.shape[-1]), covered)
     repeated = repeat(images, "b c h w -> (b s) c h w", s=coalitions.shape[1])
     # A product would keep NaN and infinity of absent pixels; a selection does not.
     return torch.where(present, repeated, repeated.new_zeros(()))
 
 
 def pixel_mask(
-    coalitions: Coalitions, grid: Grid, size: tuple[int, int]
+    coalitions: Coalitions, grid: Grid, size: Size, covered: Size | None = None
 ) -> Bool[Tensor, "items 1 height width"]:
-    """Coalitions drawn on the pixels, bool [B * S, 1, H, W]."""
+    """Coalitions drawn on the pixels, bool [B * S, 1, H, W].
+
+    Args:
+        coalitions: True where a patch is present.
+        grid: Rows and columns of patches.
+        size: Height and width of the images.
+        covered: Height and width over which the patches lie, from the upper left corner, where
+            that is not the image: pixels beyond are read by no patch and count as present.
+    """
     cells = rearrange(
         coalitions, "b s (rows columns) -> (b s) 1 rows columns", rows=grid[0], columns=grid[1]
     )
-    return functional.interpolate(cells.to(torch.float32), size=size, mode="nearest") > 0
+    drawn = functional.interpolate(cells.to(torch.float32), size=covered or size, mode="nearest")
+    return fitted(drawn, size, fill=1.0) > 0
+
+
+def fitted(
+    drawn: Float[Tensor, "items channels rows columns"], size: Size, *, fill: float
+) -> Float[Tensor, "items channels height width"]:
+    """A drawing cut off, or filled up, at its lower and right border to the size of the image."""
+    missing = (0, size[1] - drawn.shape[-1], 0, size[0] - drawn.shape[-2])
+    return functional.pad(drawn, missing, value=fill) if any(missing) else drawn

@@ -37,12 +37,18 @@ def mixed_coalitions(num_patches: int, generator: torch.Generator) -> Tensor:
     return ranks < sizes[:, None]
 
 
-def absent_pixels(coalitions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Pixels of absent patches, bool [S, 1, H, W]: pixel row r lies in patch row floor(r h / H)."""
-    rows = torch.arange(size[0]) * grid[0] // size[0]
-    columns = torch.arange(size[1]) * grid[1] // size[1]
-    patch = rows[:, None] * grid[1] + columns[None]
-    return ~coalitions[:, patch][:, None]
+def absent_pixels(
+    coalitions: Tensor, grid: tuple[int, int], size: tuple[int, int], covered: tuple[int, int]
+) -> Tensor:
+    """Pixels of absent patches, bool [S, 1, H, W]: pixel row r lies in patch row floor(r h / H).
+
+    H is the height that the patches cover. Pixels beyond belong to no patch, and are absent too.
+    """
+    rows = torch.arange(size[0]) * grid[0] // covered[0]
+    columns = torch.arange(size[1]) * grid[1] // covered[1]
+    patch = rows.clamp(max=grid[0] - 1)[:, None] * grid[1] + columns.clamp(max=grid[1] - 1)[None]
+    beyond = (rows >= grid[0])[:, None] | (columns >= grid[1])[None]
+    return ~coalitions[:, patch][:, None] | beyond
 
 
 @torch.no_grad()
@@ -81,7 +87,8 @@ def check_leak(
     coalitions = mixed_coalitions(grid[0] * grid[1], generator)
     images = image[:1].repeat(len(coalitions), 1, 1, 1)
     noise = 100 * torch.randn(images.shape, generator=generator)
-    changed = torch.where(absent_pixels(coalitions, grid, size), noise, images)
+    covered = wrapped.explain(images[:1]).covered or size
+    changed = torch.where(absent_pixels(coalitions, grid, size, covered), noise, images)
     ways = {"alone": coalitions[:, None]}
     if wrapped.report().masking == "token-removal":
         ways["in a pair"] = torch.stack((coalitions, ~coalitions), dim=1)
