@@ -1,7 +1,7 @@
-// Tables of class "sortable" are sorted by a click on a heading; on every page that Material shows,
+// Tables inside "sortable" are sorted by a click on a heading; on every page that Material shows,
 // which with instant loading is not a new document.
 const makeSortable = () => {
-  document.querySelectorAll("table.sortable").forEach((table) => new Tablesort(table));
+  document.querySelectorAll(".sortable table").forEach((table) => new Tablesort(table));
 };
 if (typeof document$ === "undefined") {
   document.addEventListener("DOMContentLoaded", makeSortable);
