@@ -81,7 +81,7 @@ def test_kinds(kind):
 
 def test_a_token_grid_covers_the_image():
     model = timm.create_model("test_vit", num_classes=2, dynamic_img_size=True)
-    with pytest.raises(ImageError, match="refuses images of 63 x 63 pixels.*divisible"):
+    with pytest.raises(ImageError, match=r"refuses images of 63 x 63 pixels.*divisible"):
         ShapleyWrapper(model, image_size=(63, 63))
     with pytest.raises(ImageError, match="refuses images of 3 x 3"):
         ShapleyWrapper(create("torchvision", "vit_b_32"), image_size=(3, 3))

@@ -81,9 +81,10 @@ def builder(model: ModelName) -> Callable[[], nn.Module]:
 
 def _vision_tower(name: str) -> nn.Module:
     config = _open_clip().get_model_config(name)
-    from open_clip.model import _build_vision_tower
+    # The public way builds the text tower too, which is the larger part and downloads a tokenizer.
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    vision = CLIPVisionCfg(**{**config["vision_cfg"], "timm_model_pretrained": False})
     return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
 
 

@@ -1,7 +1,8 @@
 """One random instance of a model, small enough to be checked here."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from shapwrap.zoo.catalogue import (
     trunk_of,
 )
 from shapwrap.zoo.constructor import Arguments, changed_constructors, record_arguments
-from shapwrap.zoo.cost import Probe, cost_of
+from shapwrap.zoo.cost import Cost, Probe, cost_of, overhead_of, parameters_of
 from shapwrap.zoo.shrink import Limits, Plan, shrink
 from shapwrap.zoo.weights import perturb
 
@@ -54,12 +55,16 @@ def construct(name: ModelName, *, seed: int = 0, limits: Limits | None = None) -
     """Builds a model with random weights; above `limits` as a smaller instance of its class."""
     build = builder(name)
     with quiet():
-        probe, full = _probe(name, build)
-        outer = probe.model({})
-        plan = full
         limits = limits or Limits()
+        probe, full, outer = _probe(name, build, limits)
+        plan = full
         if not full.cost.within(limits.parameters, limits.work):
-            plan = shrink(probe, full, _arguments(probe, outer), _reduction(outer), limits)
+            arguments_of, reduction = _arguments(probe, outer), _reduction(outer)
+            plan = shrink(probe, full, arguments_of, reduction, limits)
+            if plan is full:
+                # Perhaps it cannot run without data.
+                probe = replace(probe, device="cpu")
+                plan = shrink(probe, full, arguments_of, reduction, limits)
         with torch.random.fork_rng(devices=[]), changed_constructors(plan.changes_of):
             torch.manual_seed(seed)
             model = build()
@@ -84,7 +89,7 @@ def construct(name: ModelName, *, seed: int = 0, limits: Limits | None = None) -
 def count_parameters(name: ModelName) -> int:
     """Parameters of the full model, which is built without data where that is possible."""
     with quiet():
-        return sum(p.numel() for p in _without_data(builder(name)).parameters())
+        return parameters_of(_without_data(builder(name)))
 
 
 def _without_data(build: Callable[[], nn.Module]) -> nn.Module:
@@ -96,19 +101,27 @@ def _without_data(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _probe(name: ModelName, build: Callable[[], nn.Module]) -> tuple[Probe, Plan]:
+def _probe(
+    name: ModelName, build: Callable[[], nn.Module], limits: Limits
+) -> tuple[Probe, Plan, nn.Module]:
+    """How to try changes, the model as it is with its cost, and the model without data."""
     model = _without_data(build)
     channels, height, width = input_size(name, model)
     size = (height, width)
     device = next(model.parameters()).device.type
+    probe = Probe(build, channels, device)
+    cost = Cost(parameters_of(model), math.inf)
+    if cost.parameters > limits.parameters or overhead_of(model) > limits.work:
+        # Too large whatever its multiply-adds are.
+        return probe, Plan(size, cost), model
     try:
         cost = cost_of(model, channels, size, device)
     except (NotImplementedError, RuntimeError):
         if device == "cpu":
             raise
-        device = "cpu"
-        cost = cost_of(build(), channels, size, device)
-    return Probe(build, channels, device), Plan(size, cost)
+        probe = Probe(build, channels, "cpu")
+        cost = cost_of(build(), channels, size, "cpu")
+    return probe, Plan(size, cost), model
 
 
 def _arguments(probe: Probe, outer: nn.Module) -> dict[type, Arguments]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +14,8 @@ Path = tuple[str | int, ...]
 """Where a value stands in the arguments: names, keys and indices."""
 
 
-class KeepFirst(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class KeepFirst:
     """Shorten a list to its first items."""
 
     count: int

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from shapwrap.zoo.constructor import Changes, changed_constructors
 
@@ -21,7 +23,7 @@ class Cost:
 
     parameters: int
     work: float
-    """Multiply-adds, with an allowance for each layer."""
+    """Multiply-adds, with an allowance for each layer; infinity where nobody counted."""
 
     def within(self, parameters: float, work: float) -> bool:
         """Whether both are small enough."""
@@ -50,20 +52,45 @@ class Probe:
             return None
 
 
+class _MultiplyAdds(TorchDispatchMode):
+    """Counts the products of matrices and kernels.
+
+    What FlopCounterMode counts, without its record of which module each belongs to, which takes
+    most of its time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result) / 2
+        return result
+
+
 def cost_of(model: nn.Module, channels: int, size: tuple[int, int], device: str) -> Cost:
     """Cost of one image, from one training pass that is left to fail as it may.
 
     Training is the stricter test of an image size: some classes have auxiliary heads in it.
     """
     model.train()
-    # The counter follows gradients through modules, and trips over parameters passed as inputs.
-    model.requires_grad_(False)
-    counter = FlopCounterMode(display=False)
+    counter = _MultiplyAdds()
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), torch.device(device), kernel, counter:
         model(torch.zeros(PROBE_BATCH, channels, *size))
+    return Cost(parameters_of(model), counter.total / PROBE_BATCH + overhead_of(model))
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Their number."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def overhead_of(model: nn.Module) -> float:
+    """Time that its layers take however small they are, in multiply-adds."""
     layers = sum(1 for module in model.modules() if not any(True for _ in module.children()))
-    return Cost(
-        sum(parameter.numel() for parameter in model.parameters()),
-        counter.get_total_flops() / 2 / PROBE_BATCH + layers * LAYER_OVERHEAD,
-    )
+    return layers * LAYER_OVERHEAD

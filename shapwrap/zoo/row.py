@@ -43,6 +43,7 @@ class Row:
     checks: dict[str, str] = field(default_factory=dict)
     """"passed", or what went wrong, by name of the check."""
     seconds: float = 0.0
+    """Of the processor."""
     versions: str = ""
     seed: int = 0
 

@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import platform
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, as_completed
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -117,7 +117,7 @@ def run_survey(models: list[ModelName], settings: RunSettings) -> Iterator[Row]:
         ) as pool,
         (settings.out / RESULTS).open("a") as file,
     ):
-        waiting = {
+        waiting: dict[Future[Row], ModelName] = {
             pool.schedule(
                 _survey,
                 args=(model, settings.seed, settings.limits, now),

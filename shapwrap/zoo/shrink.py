@@ -6,7 +6,7 @@ cannot be built so.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ DEPTH = re.compile(
 )
 NOT_DEPTH = re.compile(r"index|att|type|class|token|cls|rate|drop|_up_to_|global|scale|vit_stem")
 WIDTH = re.compile(
-    r"(^|_)(dims?|chs|chans|channels|width|widths|planes|filters|features|sizes|c|w0|wa)(_|$)|^cfg$"
+    r"(^|_)(dims?|chs|chans|channels|width|widths|planes|filters|features|sizes|group_size|c|w0|wa)(_|$)|^cfg$"
 )
 NOT_WIDTH = re.compile(
     r"(^|_)(in|head_dim|dim_head|key|patch|kernel|window|img|image|pos|mul|mult|factor|base_width"
@@ -135,7 +135,7 @@ def _image_changes(arguments: Arguments, size: tuple[int, int]) -> Changes:
     return changes
 
 
-def _attempt(probe: Probe, plan: Plan, change: dict[type, Changes], words: str) -> Plan:
+def _attempt(probe: Probe, plan: Plan, change: Mapping[type, Changes], words: str) -> Plan:
     """The plan with a change, or with those of its arguments that can be changed one by one."""
     together = _try(probe, plan, change)
     if together is not None:
@@ -148,7 +148,7 @@ def _attempt(probe: Probe, plan: Plan, change: dict[type, Changes], words: str) 
     return result if result is plan else _described(result, plan, words)
 
 
-def _try(probe: Probe, plan: Plan, change: dict[type, Changes]) -> Plan | None:
+def _try(probe: Probe, plan: Plan, change: Mapping[type, Changes]) -> Plan | None:
     if not change:
         return None
     changes_of = _merged(plan.changes_of, change)
@@ -187,16 +187,15 @@ def depth_changes(arguments: Arguments, depth: int) -> Changes:
         if isinstance(value, int) and not isinstance(value, bool):
             if value > depth and DEPTH.search(name) and not NOT_DEPTH.search(name):
                 changes[path] = depth
-        elif _is_stage(path, value) and len(value) > depth:
+        elif isinstance(value, list | tuple) and _is_stage(path, value) and len(value) > depth:
             changes[path] = KeepFirst(depth)
     return changes
 
 
-def _is_stage(path: Path, value: Any) -> bool:
+def _is_stage(path: Path, value: Sequence[Any]) -> bool:
     """A list of block descriptions inside a list of stages: what stands in it is repeated."""
     inside = len(path) >= 2 and isinstance(path[-1], int)
-    blocks = isinstance(value, list | tuple) and len(value) > 1
-    return inside and blocks and all(_is_description(item) for item in value)
+    return inside and len(value) > 1 and all(_is_description(item) for item in value)
 
 
 def _is_description(value: Any) -> bool:
@@ -217,8 +216,13 @@ def width_changes(arguments: Arguments, divisor: int) -> Changes:
             if value > 1:
                 changes[path] = max(1, value // divisor)
         elif WIDTH.search(name) and not NOT_WIDTH.search(name) and value > SMALLEST_WIDTH:
-            changes[path] = max(SMALLEST_WIDTH, value // divisor)
+            changes[path] = _rounded(value / divisor)
     return changes
+
+
+def _rounded(width: float) -> int:
+    """To a multiple of 8, which classes ask for and groups need."""
+    return max(SMALLEST_WIDTH, round(width / SMALLEST_WIDTH) * SMALLEST_WIDTH)
 
 
 def _walk(arguments: Arguments) -> Iterator[tuple[Path, Any]]:

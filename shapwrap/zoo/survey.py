@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def survey_model(
 ) -> Row:
     """Builds, wraps and checks one model; whatever is raised ends up in the row."""
     row = Row(name.library, name.name, seed=seed, versions=versions)
-    started = time.perf_counter()
+    started = time.process_time()
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -41,7 +42,7 @@ def survey_model(
         except Exception as error:
             row.outcome = "error"
             row.reason = f"{type(error).__name__}: {_first_line(error)} ({_place(error)})"
-    row.seconds = round(time.perf_counter() - started, 2)
+    row.seconds = round(time.process_time() - started, 2)
     return row
 
 
@@ -151,6 +152,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _place(error: Exception) -> str:
-    """File and function in which it was raised."""
+    """File and function in which it was raised, after the last ones of shapwrap."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].name}" if frames else "?"
+    own = [frame for frame in frames if "shapwrap" in Path(frame.filename).parts]
+    shown = dict.fromkeys(f"{Path(f.filename).name}:{f.name}" for f in (*own[-1:], *frames[-1:]))
+    return ", ".join(shown)

@@ -132,11 +132,25 @@ def _escaped(text: str) -> str:
 def _html_table(rows: Sequence[Row]) -> str:
     """Plain HTML: Markdown tables of this length take a minute to render."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    lines = ['<table class="sortable">', f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    lines = ['<div class="sortable"><table>', f"<thead><tr>{head}</tr></thead>", "<tbody>"]
     for row in rows:
-        cells = "".join(f"<td>{html.escape(text)}</td>" for text in _cells(row))
+        keys = _sort_keys(row)
+        cells = "".join(
+            f"<td{keys.get(name, '')}>{html.escape(text)}</td>"
+            for name, text in zip(COLUMNS, _cells(row), strict=True)
+        )
         lines.append(f"<tr>{cells}</tr>")
-    return "\n".join([*lines, "</tbody>", "</table>"])
+    return "\n".join([*lines, "</tbody>", "</table></div>"])
+
+
+def _sort_keys(row: Row) -> dict[str, str]:
+    """What a browser sorts by, as an attribute, where that is not the text of the cell."""
+    numbers: dict[str, float] = {}
+    if row.grid is not None:
+        numbers["grid"] = row.grid[0] * row.grid[1]
+    if row.logit_difference is not None:
+        numbers["logit diff"] = row.logit_difference
+    return {name: f' data-sort="{number:.9f}"' for name, number in numbers.items()}
 
 
 def _cells(row: Row) -> tuple[str, ...]:

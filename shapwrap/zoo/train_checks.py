@@ -78,7 +78,9 @@ def check_gradients(
         elif not torch.isfinite(parameter.grad).all():
             not_finite.append(name)
     _clear(wrapped.parameters())
-    row.checks["training loss"] = passed_if(bool(torch.isfinite(loss)), f"loss is {float(loss)}")
+    row.checks["training loss"] = passed_if(
+        bool(torch.isfinite(loss)), f"loss is {float(loss.detach())}"
+    )
     row.checks["gradients"] = passed_if(
         not without and not not_finite,
         f"none in {_some(without)}" if without else f"not finite in {_some(not_finite)}",
