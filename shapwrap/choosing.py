@@ -241,7 +241,12 @@ def _original_features(backbone: Backbone, images: Images) -> Tensor:
         tokens = backbone.original_tokens(images)
         everyone = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         num_prefix = tokens.shape[1] - backbone.embed(images).patches.shape[1]
-        return backbone.weigh(tokens, everyone, num_prefix)
+        # The model itself has its prefix, whatever becomes of it in the wrapped one.
+        chosen, backbone.prefix_tokens = backbone.prefix_tokens, "keep"
+        try:
+            return backbone.weigh(tokens, everyone, num_prefix)
+        finally:
+            backbone.prefix_tokens = chosen
     return backbone.features(images).features
 
 

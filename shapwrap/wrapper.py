@@ -44,7 +44,8 @@ class ShapleyWrapper(nn.Module):
     mode. Attributes that the wrapper lacks are looked up on the model.
 
     Args:
-        model: A timm or torchvision classifier, or a module built like one.
+        model: A timm or torchvision classifier, a module built like one, or the image tower of an
+            open_clip model (`model.visual`, with `head` or `num_classes`).
         masking: How absent patches are hidden. "token-removal" removes tokens before the first
             block, "zero-mask" sets pixels to zero, "auto" removes tokens where a test on the
             model proves that this is legitimate.

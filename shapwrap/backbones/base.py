@@ -71,7 +71,7 @@ class Backbone(ABC):
         """What the pretrained head makes of one pooled feature, just before its classifier."""
         return pooled
 
-    def project(self, hidden: PreLogits) -> PreLogits:
+    def project(self, hidden: Tensor) -> Tensor:
         """The last, affine layers of `pre_logits`; by default none.
 
         A readout may treat them apart from the layers before.

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Images, PatchFeatures, PooledFeatures, PreLogits
+from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling import Part, contributions
 from shapwrap.backbones.attentional_pooler import QueryPooling
 from shapwrap.backbones.base import Normalization
@@ -16,6 +17,9 @@ from shapwrap.backbones.tower_whole import embedding_of, pixel_statistics, size_
 from shapwrap.errors import ImageError, UnsupportedBackboneError
 from shapwrap.masking.attention import AttentionMask
 from shapwrap.masking.batch_norm import evaluation_mode
+
+ProjectedPatches = Float[Tensor, "items patches projected"]
+"""Patch features, after the output projection of an attentional pooling where there is one."""
 
 
 class OpenClipTokens(TokenBackbone):
@@ -65,13 +69,11 @@ class OpenClipTokens(TokenBackbone):
         forbidden = None if mask is None else _additive(mask, tokens, self._num_heads())
         return self._normed(self.model.transformer(tokens, attn_mask=forbidden))
 
-    def weigh(self, tokens: Tokens, part: Part, num_prefix: int) -> PatchFeatures:
+    def weigh(self, tokens: Tokens, part: Part, num_prefix: int) -> ProjectedPatches:
         """Patch tokens, weighed and projected by the attentional pooling where there is one."""
         pooling = self._pooling()
         if pooling is None:
             return super().weigh(tokens, part, num_prefix)
-        if self.prefix_tokens == "drop":
-            tokens, part, num_prefix = tokens[:, num_prefix:], part[:, num_prefix:], 0
         # The output projection is affine: done here, the norm that follows reads a mean.
         return pooling.after(contributions(pooling.attention(tokens), part, num_prefix))
 
@@ -88,7 +90,7 @@ class OpenClipTokens(TokenBackbone):
         hidden = pooled if self._norm_is_early() else self.model.ln_post(pooled)
         return self.project(hidden)
 
-    def project(self, hidden: PreLogits) -> PreLogits:
+    def project(self, hidden: Tensor) -> Tensor:
         """The projection into the space that images and texts share."""
         return hidden if self.model.proj is None else hidden @ self.model.proj
 

@@ -23,10 +23,6 @@ class TimmFamily(Backbone):
         """The timm model itself, for models that hold one."""
         return self.model
 
-    def project(self, hidden: PreLogits) -> PreLogits:
-        """What comes after the timm model, before any classifier: nothing."""
-        return hidden
-
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
         """Whether the model has timm's public methods."""

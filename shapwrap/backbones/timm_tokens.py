@@ -56,8 +56,9 @@ class TimmTokens(TokenBackbone, TimmMaps):
         if height % patch[0] or width % patch[1]:
             raise ImageError(
                 f"{type(self.trunk).__name__} refuses images of {height} x {width} pixels: its "
-                f"patches of {patch[0]} x {patch[1]} leave some unread. Resize the images to "
-                "multiples of the patch, or build the model with dynamic_img_pad=True."
+                f"patches of {patch[0]} x {patch[1]} leave some unread. Crop or resize the images "
+                f"to {height // patch[0] * patch[0]} x {width // patch[1] * patch[1]} after "
+                "model.set_input_size of that size, or build the model with dynamic_img_pad=True."
             )
 
     def covered(self, size: tuple[int, int], grid: Grid) -> tuple[int, int]:

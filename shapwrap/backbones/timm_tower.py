@@ -39,7 +39,7 @@ class TimmTower(TimmFamily):
         """The whole of timm's `forward_head`, then the head of the tower."""
         return self.model.head(mean_output(self.trunk.forward_head(feature_map)))
 
-    def project(self, hidden: PreLogits) -> PreLogits:
+    def project(self, hidden: Tensor) -> Tensor:
         """What timm calls the classifier of the trunk, if any, and the head of the tower."""
         classifier = self.trunk.get_classifier()
         return self.model.head(classifier(hidden) if isinstance(classifier, nn.Module) else hidden)
@@ -73,7 +73,7 @@ class TimmTowerMaps(TimmTower, TimmMaps):
 
     family = "image tower, timm feature map"
 
-    def project(self, hidden: PreLogits) -> PreLogits:
+    def project(self, hidden: Tensor) -> Tensor:
         """The layers of the tower's head after its attention pooling, or all of them."""
         pooling = self._tower_pooling()
         if pooling is None:

@@ -12,6 +12,7 @@ from shapwrap.backbones.classifiers import is_linear, reproduces
 from shapwrap.backbones.layout import patches_of_map
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
 from shapwrap.backbones.recording import Recording, recording
+from shapwrap.backbones.tower_whole import TowerWhole
 from shapwrap.backbones.whole_model import WholeModel, mean_output
 from shapwrap.errors import UnsupportedBackboneError
 
@@ -38,8 +39,11 @@ class Traced(Backbone):
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
-        """Always: whether the parts are there shows when the model runs."""
-        return True
+        """Always: whether the parts are there shows when the model runs.
+
+        But for image towers, whose last linear layer makes their embedding and is no classifier.
+        """
+        return not TowerWhole.recognises(model)
 
     def prepare(self, images: Images) -> None:
         """Runs the model once and finds the map that is read, and the classifier.
