@@ -23,7 +23,7 @@ from shapwrap.backbones.timm_qwen import TimmQwen
 from shapwrap.backbones.timm_relpos import TimmRelPos
 from shapwrap.backbones.timm_tnt import TimmTnt
 from shapwrap.backbones.timm_tokens import TimmTokens
-from shapwrap.backbones.timm_tower import TimmTowerMaps, TimmTowerTokens
+from shapwrap.backbones.timm_tower import TimmTowerMaps, TimmTowerRelPos, TimmTowerTokens
 from shapwrap.backbones.timm_whole import TimmWhole
 from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
 from shapwrap.backbones.tower_whole import TowerWhole
@@ -46,6 +46,7 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     OpenClipTokens,
     OpenClipResNet,
     TimmTowerTokens,
+    TimmTowerRelPos,
     TimmTowerMaps,
     TowerWhole,
     PooledChildren,

@@ -10,6 +10,7 @@ from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.backbones.timm_maps import TimmMaps
+from shapwrap.backbones.timm_relpos import TimmRelPos
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tower_whole import pixel_statistics, size_of_tower
 from shapwrap.backbones.whole_model import mean_output
@@ -66,6 +67,12 @@ class TimmTowerTokens(TimmTower, TimmTokens):
     """The trunk is a token model."""
 
     family = "image tower, timm tokens"
+
+
+class TimmTowerRelPos(TimmTower, TimmRelPos):
+    """The trunk is a token model with a bias for each pair of places."""
+
+    family = "image tower, timm tokens with relative positions"
 
 
 class TimmTowerMaps(TimmTower, TimmMaps):
