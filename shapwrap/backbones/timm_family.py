@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from shapwrap._types import PooledFeatures, PreLogits
+from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, Normalization
 from shapwrap.backbones.classifiers import linear_part
 from shapwrap.backbones.whole_model import mean_output
@@ -34,7 +35,26 @@ class TimmFamily(Backbone):
         found = self.trunk.get_classifier()
         modules = list(found) if isinstance(found, tuple | list | nn.ModuleList) else [found]
         real = [m for m in modules if m is not None and any(True for _ in m.parameters())]
+        if self._around_classifier:
+            return [self.trunk.get_submodule(self._around_classifier)]
         return [linear_part(module) for module in real]
+
+    def prepare(self, images: Images) -> None:
+        """Finds out whether `forward_head` stops right before the classifier that timm names.
+
+        Some heads norm what the linear layer reads, and count the norm as part of the classifier.
+        """
+        self._around_classifier = ""
+        classifiers = self.classifiers()
+        names = {module: name for name, module in self.trunk.named_modules()}
+        around = names.get(classifiers[0], "").rpartition(".")[0] if len(classifiers) == 1 else ""
+        if around and linear_part(module := self.trunk.get_submodule(around)) is module:
+            hidden, _ = self.original(images)
+            found = self.head_before_classifier(self.trunk.forward_features(images))
+            if found.shape == hidden.shape and not torch.allclose(found, hidden, rtol=1e-3):
+                self._around_classifier = around
+
+    _around_classifier: str = ""
 
     def pre_logits(self, pooled: PooledFeatures) -> PreLogits:
         """The pretrained head on feature maps that hold one vector everywhere."""

@@ -31,6 +31,7 @@ class TimmWhole(WholeModel, TimmFamily):
 
         Without any classifier, the model's output is what a new head reads.
         """
+        super().prepare(images)
         classifiers = self.classifiers()
         self.gives_logits = bool(classifiers)
         if len(classifiers) == 1 and is_linear(classifiers[0]):

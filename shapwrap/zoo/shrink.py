@@ -27,6 +27,8 @@ NOT_WIDTH = re.compile(
     r"(^|_)(in|head_dim|dim_head|key|patch|kernel|window|img|image|pos|mul|mult|factor|base_width"
     r"|state|head_width|div|grid|per_group)(_|$)"
 )
+BOUNDARY = re.compile(r"_up_to_layer$")
+"""Where blocks of another kind begin: of both kinds some must be left."""
 HEADS = re.compile(r"(^|_)heads(_|$)")
 IMAGE = ("img_size", "image_size", "input_size")
 
@@ -187,6 +189,8 @@ def depth_changes(arguments: Arguments, depth: int) -> Changes:
         if isinstance(value, int) and not isinstance(value, bool):
             if value > depth and DEPTH.search(name) and not NOT_DEPTH.search(name):
                 changes[path] = depth
+            elif value >= depth and BOUNDARY.search(name):
+                changes[path] = depth // 2
         elif isinstance(value, list | tuple) and _is_stage(path, value) and len(value) > depth:
             changes[path] = KeepFirst(depth)
     return changes
