@@ -20,7 +20,7 @@ from shapwrap.coalitions.checks import (
     resolve_pairing,
 )
 from shapwrap.coalitions.sampling import Distribution
-from shapwrap.errors import ArgumentError, BackboneTypeError
+from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError, UnsupportedBackboneError
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
@@ -419,7 +419,10 @@ class ShapleyWrapper(nn.Module):
         if size not in self._grid_of_size:
             with undisturbed(self.model):
                 probe = random_images(self._wrapping.backbone, size, batch=1)
-                self._grid_of_size[size] = check_image_size(self._wrapping.backbone, probe)
+                try:
+                    self._grid_of_size[size] = check_image_size(self._wrapping.backbone, probe)
+                except UnsupportedBackboneError as error:
+                    raise ImageError(f"at {size[0]} x {size[1]} pixels, {error}") from error
         return self._grid_of_size[size]
 
     def _check(self, images: Tensor, *, finite: bool = False) -> None:

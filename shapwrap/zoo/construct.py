@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.zoo.catalogue import (
     ModelName,
     builder,
@@ -26,6 +27,9 @@ from shapwrap.zoo.weights import perturb
 BATCH = 2
 CALIBRATION_BATCH = 8
 DEFAULT_REDUCTION = 32
+LARGEST_ROUNDING = 1e-5
+"""Of a usual network, in float32. Random weights can amplify rounding until no check means much;
+such a network is checked in float64."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,13 @@ class Specimen:
     shrunken: str
     """What was changed, in words; "" for the model as it is."""
     has_classifier: bool
+    dtype: torch.dtype = torch.float32
 
     def images(self, seed: int, size: tuple[int, int] | None = None, batch: int = BATCH) -> Tensor:
         """Noise, [B, C, H, W], as normalised images."""
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, self.channels, *(size or self.image_size))
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(self.dtype)
 
 
 def construct(name: ModelName, *, seed: int = 0, limits: Limits | None = None) -> Specimen:
@@ -83,7 +88,21 @@ def construct(name: ModelName, *, seed: int = 0, limits: Limits | None = None) -
             specimen.images(seed + 1, batch=CALIBRATION_BATCH),
             torch.Generator().manual_seed(seed),
         )
+        if _rounding_noise(model, specimen.images(seed + 2)) > LARGEST_ROUNDING:
+            words = ", ".join(filter(None, (specimen.shrunken, "float64")))
+            specimen = replace(specimen, dtype=torch.float64, shrunken=words)
+            model.double()
     return specimen
+
+
+@torch.no_grad()
+def _rounding_noise(model: nn.Module, images: Tensor) -> float:
+    """Relative change of the output when the same images come in a batch twice as large."""
+    with evaluation_mode(model.modules()):
+        small, large = model(images), model(torch.cat((images, images)))
+    if not isinstance(small, Tensor):
+        return 0.0
+    return float((large[: len(images)] - small).abs().max() / small.abs().max().clamp(min=1e-12))
 
 
 def count_parameters(name: ModelName) -> int:

@@ -114,7 +114,7 @@ def _head_for(output: object, generator: torch.Generator) -> nn.Linear | None:
         for parameter in head.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * output.shape[1] ** -0.5)
-    return head
+    return head.to(output.dtype)
 
 
 def _original_logits(output: object, head: nn.Module | None, specimen: Specimen) -> Tensor | None:
