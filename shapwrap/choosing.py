@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.base import Backbone
+from shapwrap.backbones.classifiers import comes_last
 from shapwrap.backbones.given_parts import given_parts
 from shapwrap.backbones.registry import candidates
 from shapwrap.backbones.removal_test import check_removal, check_replay
 from shapwrap.backbones.timm_family import TimmFamily
-from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.backbones.tokens import PrefixTokens, TokenBackbone
 from shapwrap.backbones.tower_whole import TowerWhole
 from shapwrap.backbones.whole_model import WholeModel
 from shapwrap.errors import (
@@ -28,6 +29,7 @@ from shapwrap.errors import (
 )
 from shapwrap.probing import FAILURES, check_image_size, random_images, runs
 from shapwrap.readout.head import Head, new_head
+from shapwrap.readout.readouts import ReadoutName
 from shapwrap.values.game import logits_of
 
 Masking = Literal["token-removal", "zero-mask"]
@@ -69,11 +71,20 @@ def check_request(request: Request) -> None:
 
     Raises:
         ArgumentError: They do not.
+        ReadoutError: An unknown readout.
     """
     masking = request.masking
     if masking != "auto" and masking not in get_args(Masking):
         raise ArgumentError(
             f"masking is {masking!r}; expected 'auto' or one of {get_args(Masking)}."
+        )
+    if request.readout != "auto" and request.readout not in get_args(ReadoutName):
+        raise ReadoutError(
+            f"readout is {request.readout!r}; expected 'auto' or one of {get_args(ReadoutName)}."
+        )
+    if request.prefix_tokens not in ("auto", *get_args(PrefixTokens)):
+        raise ArgumentError(
+            f"prefix_tokens is {request.prefix_tokens!r}; expected 'auto', 'drop' or 'keep'."
         )
     if request.head is not None and request.num_classes is not None:
         raise ArgumentError("head and num_classes were both given; expected one of them.")
@@ -134,8 +145,11 @@ def _adapters(model: nn.Module, request: Request) -> list[Backbone]:
                 "A name or a function goes together with features=."
             )
         return candidates(model)
-    new_head = isinstance(request.head, nn.Module) or request.num_classes is not None
-    part = None if isinstance(request.head, nn.Module) else request.head
+    own_names = {module: name for name, module in model.named_modules()}
+    part = request.head
+    if isinstance(part, nn.Module):
+        part = own_names.get(part)
+    new_head = request.num_classes is not None or (part is None and request.head is not None)
     return [given_parts(model, request.features, part, new_head=new_head)]
 
 
@@ -185,6 +199,9 @@ def _attempt(
     if request.num_classes is not None:
         made = new_head(backbone, backbone.pre_logits(like).shape[1], request.num_classes)
     replacement = request.head if isinstance(request.head, nn.Module) else made
+    if request.features is not None and backbone.classifiers():
+        # The head that was passed is a submodule of the model.
+        replacement = None
     head = _make_head(backbone, replacement, like, request.readout)
     hidden, output = backbone.original(images)
     if replacement is not None:
@@ -192,6 +209,8 @@ def _attempt(
         output = head.classifier(hidden)
     elif head.reads_logits:
         hidden = output
+    else:
+        _check_last(backbone, images, output)
     if reads_patches:
         complete = _original_features(backbone, images)
         pooled = head.readout.pooled(complete.mean(dim=1))
@@ -209,6 +228,16 @@ def _attempt(
         reads_patches=reads_patches,
         why_not_removal="",
     )
+
+
+def _check_last(backbone: Backbone, images: Images, output: Tensor) -> None:
+    """A layer after the classifier would go unnoticed where that classifier is all zero."""
+    classifiers = backbone.classifiers()
+    if len(classifiers) == 1 and not comes_last(classifiers[0], backbone.model, images, output):
+        raise UnsupportedBackboneError(
+            f"{type(backbone.model).__name__} ({backbone.family}) does more after its classifier: "
+            "its output is not what that layer returns."
+        )
 
 
 def logit_difference(head: Head, backbone: Backbone, images: Images, original: Tensor) -> float:

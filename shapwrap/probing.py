@@ -41,7 +41,8 @@ def in_full_precision(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients inside, everything as it was outside."""
-    with torch.no_grad(), evaluation_mode(model.modules()):
+    # Some models draw random numbers in eval mode too.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluation_mode(model.modules()):
         yield
 
 
@@ -83,5 +84,5 @@ def runs(model: nn.Module, images: Images) -> bool:
 def random_images(backbone: Backbone, size: tuple[int, int], batch: int) -> Images:
     """Reproducible noise, as normalised images; leaves the global random state alone."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, backbone.in_channels(), *size, generator=generator)
+    images = torch.randn(batch, backbone.in_channels(size), *size, generator=generator)
     return images.to(backbone.parameter)

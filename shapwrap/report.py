@@ -46,6 +46,9 @@ class Report:
     model, and logits with the patch values of all classes of the wrapped one (the paper's unit)."""
     flops_logits: int
     """Multiply-adds of one image for the logits alone, which pool before the classifier."""
+    exact: bool
+    """Whether the logits are those of the original model, or of a new `head` on the very features
+    that its classifier reads, up to rounding on two images of noise."""
     note: str
     """What the user should know, in sentences."""
 
@@ -86,10 +89,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def note_for(wrapping: Wrapping) -> str:
+def is_exact(wrapping: Wrapping) -> bool:
+    """Whether the logits are the original ones, up to rounding."""
+    return wrapping.max_logit_difference <= 1e-4 * max(wrapping.logit_scale, 1e-6)
+
+
+def note_for(wrapping: Wrapping, *, new_head: bool) -> str:
     """Sentences on what changed and what must come first."""
     sentences = []
-    exact = wrapping.max_logit_difference <= 1e-4 * max(wrapping.logit_scale, 1.0)
     if wrapping.class_token_dropped:
         sentences.append(
             "The pretrained head reads the class token, which was dropped; it now reads the patch "
@@ -100,22 +107,24 @@ def note_for(wrapping: Wrapping) -> str:
             "The class and register tokens, which patches could see, were dropped: fine-tune "
             "before use."
         )
-    if wrapping.head.patch_layer is not None:
-        sentences.append(
-            "The logits are those of the original model, whose head is kept whole: each patch gets "
-            "an equal share until a layer of its own is trained with shapley_loss."
-        )
     if wrapping.stride_changes:
         sentences.append(
             f"{len(wrapping.stride_changes)} layers run at stride 1 for the finer grid, which "
             "changes the logits: fine-tune before use."
         )
     if wrapping.max_logit_difference == 0.0 == wrapping.logit_scale:
-        sentences.append("The head is new and all zero: train it before use.")
-    elif exact and not sentences:
+        sentences.append("The head is all zero: train it before use.")
+    elif new_head:
+        sentences.append("The head is new: train it before use.")
+    elif is_exact(wrapping) and not sentences:
         sentences.append(
             "The logits are those of the original model; the patch values sum to them, and only "
             "training with shapley_loss makes them Shapley values."
+        )
+    if wrapping.head.patch_layer is not None:
+        sentences.append(
+            "The head is kept whole: each patch gets an equal share of its output until a layer of "
+            "its own is trained with shapley_loss."
         )
     if wrapping.why_not_removal:
         sentences.append(f"Patches are hidden by zeroing pixels: {wrapping.why_not_removal}")

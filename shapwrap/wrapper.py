@@ -26,7 +26,14 @@ from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import check_image_size, random_images, undisturbed
-from shapwrap.report import BeforeAfter, Report, count_multiply_adds, count_parameters, note_for
+from shapwrap.report import (
+    BeforeAfter,
+    Report,
+    count_multiply_adds,
+    count_parameters,
+    is_exact,
+    note_for,
+)
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.wrapping import wrap
@@ -376,7 +383,8 @@ class ShapleyWrapper(nn.Module):
             params=BeforeAfter(self._params_before, count_parameters(self)),
             flops=BeforeAfter(before, after),
             flops_logits=logits_alone,
-            note=note_for(wrapping),
+            exact=is_exact(wrapping),
+            note=note_for(wrapping, new_head=self.new_head is not None),
         )
 
     def unwrap(self) -> nn.Module:

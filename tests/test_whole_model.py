@@ -45,7 +45,7 @@ def test_shares_start_equal_and_are_learnt(kind):
     report = case.wrapped.report()
     added = case.wrapped.patch_layer.weight.numel()
     assert report.params.after == report.params.before + added
-    assert "equal share until a layer of its own is trained" in report.note
+    assert "equal share of its output until a layer of its own" in report.note
 
 
 @pytest.mark.parametrize("name", ["efficientvim_m1", "crossvit_tiny_240"])

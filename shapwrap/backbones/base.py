@@ -162,18 +162,22 @@ class Backbone(ABC):
         """Any parameter: where the model lies and in which precision."""
         return next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
 
-    def in_channels(self) -> int:
-        """Channels of the images, read off the first layer that runs on them."""
+    def in_channels(self, size: tuple[int, int] | None = None) -> int:
+        """Channels of the images, read off the first layer that runs on them.
+
+        Args:
+            size: Of images that the model takes; by default those it was built for.
+        """
         if self._channels is None:
-            self._channels = self._find_channels()
+            self._channels = self._find_channels(size or self.image_size())
         return self._channels
 
-    def _find_channels(self) -> int:
+    def _find_channels(self, size: tuple[int, int]) -> int:
         first = next((m for m in self.model.modules() if isinstance(m, nn.Conv2d)), None)
         if first is None or first.in_channels == 3:
             return 3
         # Some models transform the pixels before their first convolution.
-        images = torch.zeros(1, first.in_channels, *self.image_size()).to(self.parameter)
+        images = torch.zeros(1, first.in_channels, *size).to(self.parameter)
         try:
             with torch.no_grad(), evaluation_mode(self.model.modules()):
                 self.model(images)

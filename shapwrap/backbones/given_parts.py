@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, FeatureMap
-from shapwrap.backbones.layout import patches_of
+from shapwrap.backbones.layout import described, patches_of
 from shapwrap.backbones.recording import recording
-from shapwrap.backbones.whole_model import WholeModel, mean_output
+from shapwrap.backbones.whole_model import WholeModel, main_output
 from shapwrap.errors import ArgumentError, UnsupportedBackboneError
 
 Features = str | Callable[[Images], Tensor]
@@ -78,13 +78,18 @@ class GivenParts(Backbone):
             pooled = layer(pooled)
         return pooled
 
+    def classifier_dropout(self) -> float:
+        """Rate of a dropout right before the last layer of the head."""
+        before = self._layers()[-2:-1]
+        return before[0].p if before and isinstance(before[0], nn.Dropout) else 0.0
+
     def original(self, images: Images) -> tuple[PreLogits, Tensor]:
         """Logits of the model where it returns as many as the head, else of the parts."""
         pooled = self.features(images).features.mean(dim=1)
         hidden = self.pre_logits(pooled)
         if self._head is None:
             return hidden, hidden
-        own, logits = self.model(images), self.class_scores(pooled)
+        own, logits = main_output(self.model(images)), self.class_scores(pooled)
         same = isinstance(own, Tensor) and own.shape == logits.shape
         return hidden, own if same else logits
 
@@ -115,10 +120,10 @@ class GivenFeatures(WholeModel):
     def map_and_output(self, images: Images) -> tuple[FeatureMap, Tensor]:
         """The features as given, and the logits, from one pass where the features have a name."""
         patches, output = _run(self.model, self._features, images)
-        output = mean_output(self.model(images) if output is None else output)
-        if output.ndim != 2:
+        output = main_output(self.model(images) if output is None else output)
+        if not isinstance(output, Tensor) or output.ndim != 2:
             raise UnsupportedBackboneError(
-                f"{type(self.model).__name__} returned shape {tuple(output.shape)}; expected "
+                f"{type(self.model).__name__} returned {described(output)}; expected "
                 "logits [B, K]. Pass head= a function from pooled features to logits."
             )
         return patches, output
@@ -129,7 +134,7 @@ class GivenFeatures(WholeModel):
 
     def original(self, images: Images) -> tuple[PreLogits, Tensor]:
         """The output of the model, twice."""
-        output = mean_output(self.model(images))
+        output = main_output(self.model(images))
         return output, output
 
 

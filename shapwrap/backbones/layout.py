@@ -18,6 +18,13 @@ def patches_of_map(feature_map: Tensor, *, channels_last: bool = False) -> Featu
     return FeatureMap(rearrange(feature_map, "b h w d -> b (h w) d"), grid)
 
 
+def described(output: object) -> str:
+    """What a model returned, for an error."""
+    if isinstance(output, Tensor):
+        return f"shape {tuple(output.shape)}"
+    return f"a {type(output).__name__}"
+
+
 def is_channels_last(model: Any, feature_map: Tensor) -> bool:
     """Whether a map of the model is [B, h, w, D]: it says so, or its last axis has its width."""
     stated = getattr(model, "output_fmt", None)
@@ -37,10 +44,10 @@ def patches_of(features: Tensor, size: tuple[int, int], name: str) -> FeatureMap
         return patches_of_map(features)
     if isinstance(features, Tensor) and features.ndim == 3:
         return FeatureMap(features, grid_of_tokens(features.shape[1], size, name))
-    came = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
     raise UnsupportedBackboneError(
-        f"the features of {name} are of {came}; expected a map [B, D, h, w], or patch tokens "
-        "[B, N, D] without class tokens. Pass features= a function of the images that returns one."
+        f"the features of {name} are {described(features)}; expected a map [B, D, h, w], or patch "
+        "tokens [B, N, D] without class tokens. Pass features= a function of the images that "
+        "returns one."
     )
 
 

@@ -24,6 +24,34 @@ class Recording:
 
 
 @contextmanager
+def replaced_output(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """The module returns `value` inside, in the shape of what it would have returned."""
+
+    def replace(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return value.view_as(output)
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def all_trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Every parameter asks for gradients inside, frozen ones too, so that its influence shows."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield parameters
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
     """Records these modules inside; the hooks are gone afterwards."""
     record = Recording()

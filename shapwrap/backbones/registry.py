@@ -50,10 +50,10 @@ ADAPTERS: tuple[type[Backbone], ...] = (
     TimmTowerMaps,
     TowerWhole,
     PooledChildren,
-    MapEncoder,
     TracedMean,
     TimmWhole,
     TracedWhole,
+    MapEncoder,
 )
 """In order of preference: the first that recognises a model and passes its tests is used."""
 

@@ -111,9 +111,9 @@ class TimmTokens(TokenBackbone, TimmMaps):
         """The module that holds embedding and blocks."""
         return self.trunk
 
-    def in_channels(self) -> int:
+    def in_channels(self, size: tuple[int, int] | None = None) -> int:
         """What the model was built for; its patch embedding need not be a convolution."""
-        return int(getattr(self.trunk, "in_chans", 0)) or super().in_channels()
+        return int(getattr(self.trunk, "in_chans", 0)) or super().in_channels(size)
 
     def _patch_embedding(self) -> Any:
         return self.encoder.patch_embed

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.base import FeatureMap
-from shapwrap.backbones.classifiers import is_linear, reproduces
+from shapwrap.backbones.classifiers import comes_last, is_linear
 from shapwrap.backbones.layout import patches_of_map
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.backbones.whole_model import WholeModel, mean_output
@@ -35,8 +35,8 @@ class TimmWhole(WholeModel, TimmFamily):
         classifiers = self.classifiers()
         self.gives_logits = bool(classifiers)
         if len(classifiers) == 1 and is_linear(classifiers[0]):
-            hidden, output = self.original(images)
-            self.gives_logits = not reproduces(classifiers[0], hidden, output)
+            _, output = self.original(images)
+            self.gives_logits = not comes_last(classifiers[0], self.model, images, output)
 
     def map_and_output(self, images: Images) -> tuple[FeatureMap, Tensor]:
         """The last intermediate map, and what `forward_head` makes of the final features."""

@@ -68,8 +68,9 @@ class TorchvisionTokens(TokenBackbone):
         return [m for m in list(self.model.heads.children())[-1:] if not isinstance(m, nn.Identity)]
 
     def ignores_patches(self, images: Images) -> bool:
-        """Always: torchvision reads the class token alone."""
-        return True
+        """Whether the model's output is its head on the class token, as torchvision's is."""
+        hidden = self.pre_logits(self.original_tokens(images)[:, 0])
+        return torch.allclose(self.original(images)[0], hidden, rtol=1e-4, atol=1e-5)
 
     def image_size(self) -> tuple[int, int]:
         """The one size that the model accepts."""

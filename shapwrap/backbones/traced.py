@@ -1,31 +1,20 @@
 """Models of unknown structure, read while they run: the last map, and what the classifier reads."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Images, PooledFeatures
 from shapwrap.backbones.base import Backbone, FeatureMap, Normalization
-from shapwrap.backbones.classifiers import is_linear, reproduces
-from shapwrap.backbones.layout import patches_of_map
+from shapwrap.backbones.classifiers import comes_last, is_linear
+from shapwrap.backbones.layout import described
+from shapwrap.backbones.places import Place, patches_at, places_in
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
-from shapwrap.backbones.recording import Recording, recording
+from shapwrap.backbones.recording import Recording, all_trainable, recording, replaced_output
 from shapwrap.backbones.tower_whole import TowerWhole
-from shapwrap.backbones.whole_model import WholeModel, mean_output
+from shapwrap.backbones.whole_model import WholeModel, main_output
 from shapwrap.errors import UnsupportedBackboneError
-
-MOST_PREFIX_TOKENS = 16
-"""More tokens than that beside the patches are no class tokens and registers."""
-
-
-class Place(NamedTuple):
-    """Where patch features are: a map [B, D, h, w], or tokens [B, prefix + h w, D] made of one."""
-
-    module: nn.Module
-    grid_of: nn.Module
-    num_prefix: int
 
 
 class Traced(Backbone):
@@ -33,9 +22,10 @@ class Traced(Backbone):
 
     _features: str = ""
     _grid: str = ""
-    _num_prefix: int = 0
+    _start: int = 0
     _classifier: str = ""
     _unused: Sequence[nn.Parameter] = ()
+    _dropout: float = 0.0
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
@@ -55,41 +45,66 @@ class Traced(Backbone):
         with recording(list(names)) as record:
             output = self.model(images)
         if not isinstance(output, Tensor) or output.ndim != 2:
-            came = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
             raise UnsupportedBackboneError(
-                f"{type(self.model).__name__} returned {came}; expected logits [B, K]. Pass "
-                "features= (a module name, or a function of the images) and head=."
+                f"{type(self.model).__name__} returned {described(output)}; expected logits "
+                "[B, K]. Pass features= (a module name, or a function of the images) and head=."
             )
-        places = _places(record, (images.shape[-2], images.shape[-1]))
+        places = places_in(record, (images.shape[-2], images.shape[-1]))
         if not places:
             raise UnsupportedBackboneError(
                 f"{type(self.model).__name__} makes no map [B, D, h, w]; expected one that its "
                 "head reads. Pass features= (a module name, or a function of the images that "
                 "returns a map, or patch tokens [B, N, D])."
             )
-        self._classifier = self._find_classifier(record, names, output)
-        # Without a linear layer at its end, a model may as well be an encoder.
-        stated = getattr(self.model, "num_classes", None)
-        self.gives_logits = not self._classifier and stated == output.shape[1]
-        place = self._choose(record, places, output)
+        self._classifier = self._find_classifier(record, names, images, output)
+        # Without a linear layer that makes so many numbers, a model may as well be an encoder.
+        stated = getattr(self.model, "num_classes", None) == output.shape[1]
+        classifies = stated or any(_makes(module, record, output) for module in record.order)
+        self.gives_logits = not self._classifier and classifies
+        place = self._choose(record, places, images, output)
         self._features, self._grid = names[place.module], names[place.grid_of]
-        self._num_prefix = place.num_prefix
-        ran = {id(p) for m in record.outputs for p in m.parameters(recurse=False)}
-        self._unused = [p for p in self.model.parameters() if id(p) not in ran]
+        self._start = place.start
+        self._unused = self._find_unused(images)
+        self._dropout = self._find_dropout(record)
 
     def _find_classifier(
-        self, record: Recording, names: dict[nn.Module, str], output: Tensor
+        self, record: Recording, names: dict[nn.Module, str], images: Images, output: Tensor
     ) -> str:
-        for module in reversed(record.order):
-            if is_linear(module) and record.inputs[module].flatten(1).ndim == 2:
-                hidden = record.inputs[module]
-                pooled = hidden.ndim == 2 or hidden.shape[-2:] == (1, 1)
-                if pooled and reproduces(module, hidden, output):
-                    return names[module]
-                return ""
-        return ""
+        linear = [module for module in record.order if is_linear(module)]
+        if not linear or record.order.count(linear[-1]) > 1:
+            return ""
+        hidden = record.inputs[linear[-1]]
+        pooled = hidden.ndim == 2 or hidden.shape[-2:] == (1, 1)
+        return (
+            names[linear[-1]]
+            if pooled and comes_last(linear[-1], self.model, images, output)
+            else ""
+        )
 
-    def _choose(self, record: Recording, places: list[Place], output: Tensor) -> Place:
+    def _find_unused(self, images: Images) -> list[nn.Parameter]:
+        """Parameters without influence on features or output: auxiliary heads of training."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            return []
+        with torch.enable_grad():
+            (features, _), output = self.run(images)
+            total = features.sum() + output.sum()
+            found = torch.autograd.grad(total, parameters, allow_unused=True)
+        read = {id(p) for classifier in self.classifiers() for p in classifier.parameters()}
+        pairs = zip(parameters, found, strict=True)
+        return [p for p, gradient in pairs if gradient is None and id(p) not in read]
+
+    def _find_dropout(self, record: Recording) -> float:
+        """Rate of the dropout that runs right before the classifier."""
+        for classifier in self.classifiers():
+            before = record.order[: record.order.index(classifier)][-1:]
+            if before and isinstance(before[0], nn.Dropout):
+                return before[0].p
+        return 0.0
+
+    def _choose(
+        self, record: Recording, places: list[Place], images: Images, output: Tensor
+    ) -> Place:
         """The last place; layers within a module come before it, so ties go to the outermost."""
         return places[-1]
 
@@ -98,11 +113,11 @@ class Traced(Backbone):
         features, grid_of = map(self.model.get_submodule, (self._features, self._grid))
         with recording([features, grid_of, *self.classifiers()]) as record:
             output = self.model(images)
-        place = Place(features, grid_of, self._num_prefix)
+        place = Place(features, grid_of, self._start)
         for classifier in self.classifiers():
-            return _patches(record, place), record.inputs[classifier].flatten(1)
+            return patches_at(record, place), record.inputs[classifier].flatten(1)
         # In train mode, models with auxiliary heads return their logits as one of several fields.
-        return _patches(record, place), mean_output(getattr(output, "logits", output))
+        return patches_at(record, place), main_output(output)
 
     def classifiers(self) -> Sequence[nn.Module]:
         """The linear layer that makes the logits, if there is one."""
@@ -117,40 +132,10 @@ class Traced(Backbone):
         return IMAGENET_NORMALIZATION if is_torchvision(self.model) else None
 
 
-def _places(record: Recording, size: tuple[int, int]) -> list[Place]:
-    """Where patch features may be, in the order in which they were made."""
-    places: list[Place] = []
-    grid_of: nn.Module | None = None
-    for module in dict.fromkeys(record.order):
-        output = record.outputs[module]
-        if _is_map(output, size):
-            grid_of = module
-            places.append(Place(module, module, 0))
-        elif grid_of is not None and isinstance(output, Tensor) and output.ndim == 3:
-            num_patches = record.outputs[grid_of].shape[-2:].numel()
-            if 0 <= (num_prefix := output.shape[1] - num_patches) <= MOST_PREFIX_TOKENS:
-                places.append(Place(module, grid_of, num_prefix))
-    return places
-
-
-def _patches(record: Recording, place: Place) -> FeatureMap:
-    features = record.outputs[place.module]
-    if place.module is place.grid_of:
-        return patches_of_map(features)
-    rows, columns = record.outputs[place.grid_of].shape[-2:]
-    return FeatureMap(features[:, place.num_prefix :], (rows, columns))
-
-
-def _is_map(output: object, size: tuple[int, int]) -> bool:
-    """Whether an output is [B, D, h, w] with places that form the image, attention weights not."""
-    if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
-        return False
-    (rows, columns), (height, width) = output.shape[-2:], size
-    # A map of one place has been pooled already; borders may cost a row or a column.
-    if rows * columns == 1 or abs(rows * width - columns * height) > max(height, width):
-        return False
-    weights = bool((output >= 0).all()) and bool(((output.sum(dim=-1) - 1).abs() < 1e-3).all())
-    return not weights
+def _makes(module: nn.Module, record: Recording, output: Tensor) -> bool:
+    """Whether a linear layer of any kind makes one number for each that the model returns."""
+    made = record.outputs[module]
+    return isinstance(module, nn.Linear) and made.shape == output.shape
 
 
 class TracedMean(Traced):
@@ -166,16 +151,50 @@ class TracedMean(Traced):
         """The mean as it is: the map holds class scores."""
         return pooled
 
-    def _choose(self, record: Recording, places: list[Place], output: Tensor) -> Place:
+    def classifier_dropout(self) -> float:
+        """Rate of the dropout right before the classifier."""
+        return self._dropout
+
+    def _choose(
+        self, record: Recording, places: list[Place], images: Images, output: Tensor
+    ) -> Place:
         for classifier in self.classifiers():
             output = record.inputs[classifier].flatten(1)
         for place in reversed(places):
-            mean = _patches(record, place).features.mean(dim=1)
-            if mean.shape == output.shape and torch.allclose(mean, output, rtol=1e-4, atol=1e-5):
+            mean = patches_at(record, place).features.mean(dim=1)
+            close = mean.shape == output.shape and torch.allclose(
+                mean, output, rtol=1e-4, atol=1e-5
+            )
+            if close and self._reads_mean(record, place, images):
                 return place
         raise UnsupportedBackboneError(
             f"no map of {type(self.model).__name__} has the mean that its classifier reads"
         )
+
+    def _reads_mean(self, record: Recording, place: Place, images: Images) -> bool:
+        """Whether random features in that place have their mean read, and no weights lie between.
+
+        An untrained norm or a layer of zeros would pass a comparison of the features as they are.
+        """
+        made = record.outputs[place.module]
+        generator = torch.Generator().manual_seed(0)
+        drawn = (torch.randn(made.shape, generator=generator) * 3).to(made)
+        with torch.enable_grad(), all_trainable(self.model) as parameters:
+            # Not a leaf: the model may change it in place.
+            drawn = drawn.requires_grad_() * 1
+            try:
+                with replaced_output(place.module, drawn), recording(self.classifiers()) as again:
+                    output = self.model(images)
+            except RuntimeError:
+                return False
+            for classifier in self.classifiers():
+                output = again.inputs[classifier].flatten(1)
+            between = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+        replaced = Recording()
+        replaced.outputs = {**record.outputs, place.module: drawn}
+        mean = patches_at(replaced, place).features.mean(dim=1)
+        same = mean.shape == output.shape and torch.allclose(mean, output, rtol=1e-4, atol=1e-4)
+        return same and all(gradient is None for gradient in between)
 
 
 class TracedWhole(Traced, WholeModel):

@@ -1,7 +1,8 @@
 """Models whose head reads its patches in no way that could be shared out: their output is kept."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,15 @@ class WholeModel(Backbone):
         return self.pre_logits(pooled)
 
 
+def main_output(output: Any) -> Any:
+    """Logits of a model that returns more: the field or key `logits`, else the first of several."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
 def mean_output(output: Tensor | Sequence[Tensor]) -> Tensor:
-    """Logits of a model; a distilled one returns two in train mode and averages them in eval."""
+    """Logits of a timm model; a distilled one returns two in train mode, averaged in eval."""
     return output if isinstance(output, Tensor) else torch.stack(list(output)).mean(dim=0)

@@ -46,7 +46,10 @@ def choose_readout(
         )
     features = _probes(like)
     flat = features.flatten(0, 1)
-    idle = torch.equal(pre_logits(flat), flat)
+    # A layer with weights that changes nothing today (an adapter of zeros) will once it is trained.
+    ran = layers_that_run(lambda: pre_logits(flat), modules)
+    idle = not any(has_parameters(layer.module()) for layer in ran)
+    idle = idle and torch.equal(pre_logits(flat), flat)
     kinds: tuple[Callable[[], Readout | None], ...] = (
         lambda: AffineReadout(pre_logits, idle=idle),
         lambda: _shared_norm(pre_logits, modules, features, project),
@@ -111,6 +114,11 @@ def _shared_norm(
         if _is_exact(readout, pre_logits, features):
             return readout
     return None
+
+
+def has_parameters(layer: nn.Module) -> bool:
+    """Whether a layer can be trained."""
+    return next(layer.parameters(), None) is not None
 
 
 def _acts_on_channels(layer: nn.Module, channels: int) -> bool:
