@@ -14,6 +14,7 @@ import shapwrap
 from shapwrap import Backbone, FeatureMap, ShapleyWrapper
 from shapwrap.backbones import registry
 from shapwrap.errors import ArgumentError, BackboneTypeError, UnsupportedBackboneError
+from tests.backbones import TOKEN_KINDS, build
 
 CLASSES = 4
 
@@ -145,10 +146,10 @@ def test_a_model_that_returns_no_logits_asks_for_parts():
 
 @pytest.fixture
 def clean_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_registered", [])
-    registry._installed.cache_clear()
+    registry.adapters()
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     yield
-    registry._installed.cache_clear()
+    registry._find_adapters.cache_clear()
 
 
 class OwnAdapter(Backbone):
@@ -188,6 +189,7 @@ def test_adapters_of_installed_packages_are_found(images, clean_registry, monkey
         "own", "tests.test_own_models:OwnAdapter", registry.ENTRY_POINTS
     )
     monkeypatch.setattr(registry, "entry_points", lambda group: [entry] if group else [])
+    registry._find_adapters.cache_clear()
     assert "one's own" in ShapleyWrapper(Tokens().eval()).report().backbone
 
 
@@ -340,3 +342,12 @@ def test_one_channel_and_one_size_only():
 def test_unknown_options_are_refused_for_every_model(options):
     with pytest.raises(shapwrap.ShapwrapError, match="nonsense"):
         _wrap(Head(), **options)
+
+
+@pytest.mark.parametrize("kind", TOKEN_KINDS)
+def test_one_family_of_token_models_recognises_a_model(kind):
+    """The order of adapters with the same preference must not matter."""
+    model, _ = build(kind, (4, 4))
+    found = [type(adapter) for adapter in registry.candidates(model)]
+    of_tokens = [a for a in found if registry._registered[a] is registry.Preference.TOKENS]
+    assert len(of_tokens) == 1, of_tokens

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from shapwrap._types import Images, PreLogits
 from shapwrap.backbones.base import Backbone, FeatureMap
 from shapwrap.backbones.layout import is_channels_last, patches_of, patches_of_map
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.errors import UnsupportedBackboneError
 
 
@@ -61,3 +62,6 @@ class MapEncoder(Backbone):
                 return int(size[0]), int(size[1])
         stated = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size")
         return (int(stated[-2]), int(stated[-1])) if stated else super().image_size()
+
+
+register_backbone(MapEncoder, Preference.ENCODER)

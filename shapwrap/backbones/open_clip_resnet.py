@@ -11,6 +11,7 @@ from shapwrap.backbones.attention_pooling import Attention
 from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import Backbone, FeatureMap, Normalization
 from shapwrap.backbones.layout import patches_of_map
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.tower_whole import pixel_statistics, size_of_tower
 
 
@@ -95,3 +96,6 @@ class OpenClipResNet(Backbone):
 
     def _pooling(self) -> SeparateMapPooling:
         return SeparateMapPooling(self.model.attnpool)
+
+
+register_backbone(OpenClipResNet, Preference.MAP)

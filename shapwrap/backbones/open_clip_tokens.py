@@ -12,6 +12,7 @@ from shapwrap.backbones.attention_pooling import Part, contributions
 from shapwrap.backbones.attentional_pooler import QueryPooling
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.positions import Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.backbones.tower_whole import embedding_of, pixel_statistics, size_of_tower
 from shapwrap.errors import ImageError, UnsupportedBackboneError
@@ -157,3 +158,6 @@ def _additive(mask: AttentionMask, tokens: Tokens, num_heads: int) -> Tensor:
     # The blocks cast their mask to the tokens' precision, so a boolean one would mean 0 and 1.
     scores = tokens.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
     return scores.expand(batch, num_heads, length, length).flatten(0, 1)
+
+
+register_backbone(OpenClipTokens, Preference.TOKENS)

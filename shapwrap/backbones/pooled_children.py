@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone, FeatureMap, Normalization
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.errors import UnsupportedBackboneError
 
 IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -98,3 +99,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _is_global_pool(layer: nn.Module) -> bool:
     return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
+
+
+register_backbone(PooledChildren, Preference.CHILDREN)

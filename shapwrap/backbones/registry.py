@@ -1,92 +1,87 @@
-"""Which adapters exist, and which of them recognise a model."""
+"""Which adapters exist, and which of them recognise a model.
 
+Each adapter registers itself at the foot of its own file; the files of this folder are found, not
+listed, so that a new family is one new file.
+"""
+
+import pkgutil
+from enum import IntEnum
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from torch import nn
 
+import shapwrap.backbones
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.image_text import check_one_tower
-from shapwrap.backbones.map_encoder import MapEncoder
-from shapwrap.backbones.open_clip_resnet import OpenClipResNet
-from shapwrap.backbones.open_clip_tokens import OpenClipTokens
-from shapwrap.backbones.pooled_children import PooledChildren
-from shapwrap.backbones.timm_beit import TimmBeit
-from shapwrap.backbones.timm_cait import TimmCait
-from shapwrap.backbones.timm_convit import TimmConvit
-from shapwrap.backbones.timm_gemma import TimmGemma
-from shapwrap.backbones.timm_hiera import TimmHiera
-from shapwrap.backbones.timm_maps import TimmMaps
-from shapwrap.backbones.timm_naflex import TimmNaFlex
-from shapwrap.backbones.timm_qwen import TimmQwen
-from shapwrap.backbones.timm_relpos import TimmRelPos
-from shapwrap.backbones.timm_tnt import TimmTnt
-from shapwrap.backbones.timm_tokens import TimmTokens
-from shapwrap.backbones.timm_tower import TimmTowerMaps, TimmTowerRelPos, TimmTowerTokens
-from shapwrap.backbones.timm_whole import TimmWhole
-from shapwrap.backbones.torchvision_tokens import TorchvisionTokens
-from shapwrap.backbones.tower_whole import TowerWhole
-from shapwrap.backbones.traced import TracedMean, TracedWhole
 from shapwrap.errors import BackboneTypeError
 
-ADAPTERS: tuple[type[Backbone], ...] = (
-    TimmTokens,
-    TimmBeit,
-    TimmRelPos,
-    TimmNaFlex,
-    TimmQwen,
-    TimmGemma,
-    TimmHiera,
-    TimmCait,
-    TimmConvit,
-    TimmTnt,
-    TorchvisionTokens,
-    TimmMaps,
-    OpenClipTokens,
-    OpenClipResNet,
-    TimmTowerTokens,
-    TimmTowerRelPos,
-    TimmTowerMaps,
-    TowerWhole,
-    PooledChildren,
-    TracedMean,
-    TimmWhole,
-    TracedWhole,
-    MapEncoder,
-)
-"""In order of preference: the first that recognises a model and passes its tests is used."""
+
+class Preference(IntEnum):
+    """In which order adapters are tried: the most faithful way to hide and read patches first."""
+
+    OWN = 0
+    """Registered from outside the package."""
+    TOKENS = 1
+    """Removes tokens, where the removal test passes."""
+    MAP = 2
+    """A family's feature map, whose mean its head reads."""
+    CHILDREN = 3
+    """Children of the model in their order."""
+    TRACED_MEAN = 4
+    """A map found by tracing, whose mean is read."""
+    WHOLE = 5
+    """A family's models with the head kept whole."""
+    TRACED = 6
+    """Any model that returns logits, with the head kept whole."""
+    ENCODER = 7
+    """Any model that returns patches."""
+
 
 ENTRY_POINTS = "shapwrap.backbones"
 """Group under which an installed package names its adapters."""
 
-_registered: list[type[Backbone]] = []
+_registered: dict[type[Backbone], Preference] = {}
 
 Adapter = TypeVar("Adapter", bound=type)
 
 
-def register_backbone(adapter: Adapter) -> Adapter:
-    """The adapter itself, after putting it before all others; use it as a decorator.
+def register_backbone(adapter: Adapter, preference: Preference = Preference.OWN) -> Adapter:
+    """The adapter itself, after registering it; use it as a decorator.
 
     Args:
         adapter: A subclass of `Backbone` (or of an adapter that shapwrap has).
+        preference: When it is tried; by default before all others.
 
     Raises:
-        BackboneTypeError: It is none.
+        BackboneTypeError: It is no subclass of `Backbone`.
     """
     if not issubclass(adapter, Backbone):
         raise BackboneTypeError(
             f"{adapter!r} cannot be registered; expected a subclass of shapwrap.Backbone."
         )
-    if adapter not in _registered:
-        _registered.insert(0, adapter)
+    _registered[adapter] = preference
     return adapter
 
 
 @cache
-def _installed() -> tuple[type[Backbone], ...]:
-    """Adapters of installed packages; one that cannot be imported raises its own error."""
-    return tuple(entry.load() for entry in entry_points(group=ENTRY_POINTS))
+def _find_adapters() -> None:
+    """Imports the adapters of this folder and of installed packages.
+
+    One that cannot be imported raises its own error.
+    """
+    for module in pkgutil.iter_modules(shapwrap.backbones.__path__):
+        import_module(f"{shapwrap.backbones.__name__}.{module.name}")
+    for entry in entry_points(group=ENTRY_POINTS):
+        register_backbone(entry.load())
+
+
+def adapters() -> list[type[Backbone]]:
+    """All adapters, in the order in which they are tried."""
+    _find_adapters()
+    return sorted(_registered, key=lambda adapter: _registered[adapter])
 
 
 def candidates(model: nn.Module) -> list[Backbone]:
@@ -96,5 +91,4 @@ def candidates(model: nn.Module) -> list[Backbone]:
         BackboneTypeError: An image-text model.
     """
     check_one_tower(model)
-    adapters = (*_registered, *_installed(), *ADAPTERS)
-    return [adapter(model) for adapter in adapters if adapter.recognises(model)]
+    return [adapter(model) for adapter in adapters() if adapter.recognises(model)]

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import PairBias, Places
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_pair_bias import TimmPairBias, attend
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -76,3 +77,6 @@ def _attention(attention: Any, tokens: Tokens, bias: Tensor | None) -> Tokens:
         projected, "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
     )
     return attend(attention, queries, keys, values, bias)
+
+
+register_backbone(TimmBeit, Preference.TOKENS)

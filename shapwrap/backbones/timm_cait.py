@@ -7,6 +7,7 @@ from torch import nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -77,3 +78,6 @@ def _talking_heads(attention: Any, tokens: Tokens, mask: AttentionMask | None) -
         weights = weights.masked_fill(~mask, 0.0)
     attended = (attention.attn_drop(weights) @ values).transpose(1, 2).flatten(2)
     return attention.proj_drop(attention.proj(attended))
+
+
+register_backbone(TimmCait, Preference.TOKENS)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import Places, Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -92,3 +93,6 @@ def _softmax(scores: Tensor, mask: AttentionMask | None) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1)
+
+
+register_backbone(TimmConvit, Preference.TOKENS)

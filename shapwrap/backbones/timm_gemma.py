@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shapwrap._types import Grid, Images
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_vision_encoder import TimmVisionEncoder
 from shapwrap.backbones.tokens import Tokens
 from shapwrap.masking.attention import AttentionMask
@@ -52,3 +53,6 @@ class TimmGemma(TimmVisionEncoder):
         if self.encoder.std_bias is None:
             return pooled
         return (pooled - self.encoder.std_bias) * self.encoder.std_scale
+
+
+register_backbone(TimmGemma, Preference.TOKENS)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from shapwrap._types import Coalitions, Images
 from shapwrap.backbones.positions import Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import EncodedTokens, Tokens, TokenSequence
@@ -117,3 +118,6 @@ def _attention(attention: Any, tokens: Tokens, mask: AttentionMask, num_units: i
     spread = mask.repeat(1, 1, rows, keys.shape[2] // num_units)
     attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=spread)
     return attention.proj(attended.transpose(1, 2).flatten(2))
+
+
+register_backbone(TimmHiera, Preference.TOKENS)

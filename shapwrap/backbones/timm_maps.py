@@ -7,6 +7,7 @@ from shapwrap._types import Grid, Images, PatchFeatures, PatchMask, PooledFeatur
 from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import FeatureMap
 from shapwrap.backbones.layout import grid_of_tokens, is_channels_last, patches_of_map
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.errors import UnsupportedBackboneError
 
@@ -130,3 +131,6 @@ class TimmMaps(TimmFamily):
                 return rows, columns
         # Later stages halve both sides, so their grid has the aspect ratio of the image.
         return grid_of_tokens(num_patches, (height, width), type(self.trunk).__name__)
+
+
+register_backbone(TimmMaps, Preference.MAP)

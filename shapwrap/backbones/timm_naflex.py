@@ -6,6 +6,7 @@ from torch import nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import RotaryPositions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import TokenSequence
@@ -47,3 +48,6 @@ class TimmNaFlex(TimmTokens):
         """Class and register tokens, where the model has them."""
         found = (self.trunk.embeds.cls_token, self.trunk.embeds.reg_token)
         return [parameter for parameter in found if parameter is not None]
+
+
+register_backbone(TimmNaFlex, Preference.TOKENS)

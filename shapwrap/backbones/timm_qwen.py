@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from shapwrap._types import Grid, Images
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_vision_encoder import TimmVisionEncoder
 from shapwrap.backbones.tokens import Tokens
 from shapwrap.masking.attention import AttentionMask
@@ -42,3 +43,6 @@ class TimmQwen(TimmVisionEncoder):
     def project_tokens(self, projector: Any, squares: Tensor) -> Tensor:
         """The projector on maps of one square."""
         return projector(squares)
+
+
+register_backbone(TimmQwen, Preference.TOKENS)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import PairBias, Places
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_pair_bias import TimmPairBias, attend
 from shapwrap.backbones.tokens import Tokens, TokenSequence
@@ -67,3 +68,6 @@ def _attention(attention: Any, tokens: Tokens, bias: Tensor | None) -> Tokens:
         attention.qkv(tokens), "b t (three h d) -> three b h t d", three=3, h=attention.num_heads
     )
     return attend(attention, attention.q_norm(queries), attention.k_norm(keys), values, bias)
+
+
+register_backbone(TimmRelPos, Preference.TOKENS)

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.positions import Places, Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import EncodedTokens, Tokens, TokenSequence
@@ -100,3 +101,6 @@ def _attention(attention: Any, tokens: EncodedTokens, mask: AttentionMask | None
         dropout_p=attention.attn_drop.p if attention.training else 0.0,
     )
     return attention.proj_drop(attention.proj(attended.transpose(1, 2).flatten(2)))
+
+
+register_backbone(TimmTnt, Preference.TOKENS)

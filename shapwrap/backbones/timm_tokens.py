@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.attention_pooling import LatentPooling, Part, contributions
 from shapwrap.backbones.positions import Positions, RotaryPositions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.errors import ImageError
@@ -137,3 +138,6 @@ class TimmTokens(TokenBackbone, TimmMaps):
         names = ("cls_token", "dist_token", "reg_token")
         found = (getattr(self.trunk, name, None) for name in names)
         return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
+
+
+register_backbone(TimmTokens, Preference.TOKENS)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shapwrap._types import Images, PreLogits
 from shapwrap.backbones.attention_pooling_2d import MapPooling
 from shapwrap.backbones.base import Normalization
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.timm_relpos import TimmRelPos
@@ -101,3 +102,8 @@ class TimmTowerMaps(TimmTower, TimmMaps):
     def _tower_pooling(self) -> MapPooling | None:
         first = next(iter(self.model.head), None)
         return MapPooling(first) if first is not None and MapPooling.recognises(first) else None
+
+
+register_backbone(TimmTowerTokens, Preference.TOKENS)
+register_backbone(TimmTowerRelPos, Preference.TOKENS)
+register_backbone(TimmTowerMaps, Preference.MAP)

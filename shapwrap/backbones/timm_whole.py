@@ -8,6 +8,7 @@ from shapwrap._types import Images
 from shapwrap.backbones.base import FeatureMap
 from shapwrap.backbones.classifiers import comes_last, is_linear
 from shapwrap.backbones.layout import patches_of_map
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_family import TimmFamily
 from shapwrap.backbones.whole_model import WholeModel, mean_output
 
@@ -50,3 +51,6 @@ class TimmWhole(WholeModel, TimmFamily):
     def classifier_dropout(self) -> float:
         """None: the model's own head applies it."""
         return 0.0
+
+
+register_backbone(TimmWhole, Preference.WHOLE)

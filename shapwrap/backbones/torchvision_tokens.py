@@ -10,6 +10,7 @@ from shapwrap._types import Images, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
 from shapwrap.backbones.positions import Positions
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
 from shapwrap.masking.attention import AttentionMask
 
@@ -90,3 +91,6 @@ def _attend(block: Any, tokens: Tensor, mask: Tensor | None) -> Tensor:
         # nn.MultiheadAttention wants [B * heads, T, T], True where attention is forbidden.
         blocked = (~mask).expand(shape).flatten(0, 1)
     return attention(tokens, tokens, tokens, need_weights=False, attn_mask=blocked)[0]
+
+
+register_backbone(TorchvisionTokens, Preference.TOKENS)

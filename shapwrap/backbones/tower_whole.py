@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shapwrap._types import Images, PreLogits
 from shapwrap.backbones.base import FeatureMap, Normalization
 from shapwrap.backbones.layout import patches_of_map
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.whole_model import WholeModel
 from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.masking.batch_norm import evaluation_mode
@@ -94,3 +95,6 @@ def patch_dropouts(tower: nn.Module) -> Iterable[nn.Module]:
         for name, module in tower.named_modules()
         if name.rpartition(".")[2] in ("patch_dropout", "patch_drop")
     ]
+
+
+register_backbone(TowerWhole, Preference.WHOLE)

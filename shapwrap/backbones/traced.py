@@ -12,6 +12,7 @@ from shapwrap.backbones.layout import described
 from shapwrap.backbones.places import Place, patches_at, places_in
 from shapwrap.backbones.pooled_children import IMAGENET_NORMALIZATION, is_torchvision
 from shapwrap.backbones.recording import Recording, all_trainable, recording, replaced_output
+from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.tower_whole import TowerWhole
 from shapwrap.backbones.whole_model import WholeModel, main_output
 from shapwrap.errors import UnsupportedBackboneError
@@ -205,3 +206,7 @@ class TracedWhole(Traced, WholeModel):
     def map_and_output(self, images: Images) -> tuple[FeatureMap, Tensor]:
         """The last patch features, and what stands for the whole image."""
         return self.run(images)
+
+
+register_backbone(TracedMean, Preference.TRACED_MEAN)
+register_backbone(TracedWhole, Preference.TRACED)
