@@ -134,6 +134,8 @@ def choose(model: nn.Module, request: Request) -> Choice:
             if not runs(model, images):
                 raise _refused(backbone, images, error) from error
             rejected.append(_broken(backbone, error))
+            if isinstance(backbone, TokenBackbone):
+                why_not = why_not or str(rejected[-1])
     raise _best(rejected)
 
 

@@ -11,6 +11,7 @@ from shapwrap import ShapleyWrapper
 from shapwrap.backbones.positions import Places
 from shapwrap.backbones.timm_gemma import TimmGemma
 from shapwrap.backbones.timm_hiera import TimmHiera
+from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import ImageError, MaskingError
 from tests.backbones import TOKEN_KINDS, cases, make_case, random_coalitions
@@ -259,3 +260,13 @@ def test_patches_that_leave_pixels_unread():
         assert torch.equal(zeroed.value(images, first), zeroed.value(changed, first))
     with pytest.raises(ImageError, match="refuses images of 44 x 44"):
         zeroed(torch.randn(1, 3, 44, 44))
+
+
+def test_an_adapter_that_fails_says_so_in_the_report(monkeypatch):
+    def fail(self, *arguments):
+        raise RuntimeError("a block with other arguments")
+
+    monkeypatch.setattr(TimmTokens, "encode", fail)
+    wrapped = ShapleyWrapper(timm.create_model("test_vit2").eval())
+    assert wrapped.report().masking == "zero-mask"
+    assert "a block with other arguments" in wrapped.report().note
