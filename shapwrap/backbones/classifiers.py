@@ -25,14 +25,19 @@ def comes_last(classifier: nn.Module, model: nn.Module, images: Images, output: 
     Tried with random logits: an untrained layer of zeros would agree with anything.
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(output.shape, generator=generator) * 10).to(output)
-    try:
-        with replaced_output(classifier, drawn):
-            found = model(images)
-    except RuntimeError:
-        # Its output has another shape than the model's.
+    made: list[Tensor] = []
+
+    def draw(logits: Tensor) -> Tensor:
+        made.append((torch.randn(logits.shape, generator=generator) * 10).to(logits))
+        return made[-1]
+
+    with replaced_output(classifier, draw):
+        found = model(images)
+    if not isinstance(found, Tensor) or found.shape != output.shape or len(made) != 1:
         return False
-    return isinstance(found, Tensor) and found.shape == output.shape and torch.equal(found, drawn)
+    # Attention pooling of a map projects every token, of which the first is read.
+    drawn = made[0][:, 0] if made[0].ndim == 3 else made[0].flatten(1)
+    return drawn.shape == found.shape and torch.equal(found, drawn)
 
 
 def linear_part(classifier: nn.Module) -> nn.Module:

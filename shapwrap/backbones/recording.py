@@ -1,6 +1,6 @@
 """What a module of the model reads or returns while the model runs its own forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +24,11 @@ class Recording:
 
 
 @contextmanager
-def replaced_output(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """The module returns `value` inside, in the shape of what it would have returned."""
+def replaced_output(module: nn.Module, make: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The module returns what `make` makes of its output inside."""
 
     def replace(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return value.view_as(output)
+        return make(output)
 
     handle = module.register_forward_hook(replace)
     try:

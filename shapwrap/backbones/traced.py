@@ -184,16 +184,19 @@ class TracedMean(Traced):
             # Not a leaf: the model may change it in place.
             drawn = drawn.requires_grad_() * 1
             try:
-                with replaced_output(place.module, drawn), recording(self.classifiers()) as again:
+                with (
+                    replaced_output(place.module, lambda _: drawn),
+                    recording(self.classifiers()) as again,
+                ):
                     output = self.model(images)
             except RuntimeError:
                 return False
             for classifier in self.classifiers():
                 output = again.inputs[classifier].flatten(1)
             between = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-        replaced = Recording()
-        replaced.outputs = {**record.outputs, place.module: drawn}
-        mean = patches_at(replaced, place).features.mean(dim=1)
+        as_drawn = Recording()
+        as_drawn.outputs = {**record.outputs, place.module: drawn}
+        mean = patches_at(as_drawn, place).features.mean(dim=1)
         same = mean.shape == output.shape and torch.allclose(mean, output, rtol=1e-4, atol=1e-4)
         return same and all(gradient is None for gradient in between)
 

@@ -27,7 +27,7 @@ from shapwrap.zoo.weights import perturb
 BATCH = 2
 CALIBRATION_BATCH = 8
 DEFAULT_REDUCTION = 32
-LARGEST_ROUNDING = 1e-5
+LARGEST_ROUNDING = 3e-6
 """Of a usual network, in float32. Random weights can amplify rounding until no check means much;
 such a network is checked in float64."""
 
