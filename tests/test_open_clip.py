@@ -370,14 +370,15 @@ def test_a_class_token_is_kept_where_tokens_cannot_be_removed():
 
 
 @torch.no_grad()
-def test_borders_that_no_patch_covers_are_refused_with_a_way_out():
+def test_a_tower_may_leave_borders_unread():
     tower = around(timm_vit("map", EMBEDDING).trunk, 16)
     tower.trunk.set_input_size((18, 18))
     tower.image_size = (18, 18)
     images = torch.randn(1, 3, 18, 18)
     before = tower.eval()(images)
-    with pytest.raises(ImageError, match=r"to 16 x 16 after model\.set_input_size"):
-        ShapleyWrapper(tower, num_classes=3)
-    tower.set_input_size(16)
-    assert torch.equal(tower(images[..., :16, :16]), before)
-    assert ShapleyWrapper(tower, num_classes=3).image_size == (16, 16)
+    head = torch.nn.Linear(before.shape[1], 3)
+    wrapped = ShapleyWrapper(tower, head=head)
+    assert wrapped.report().masking == "token-removal"
+    explanation = wrapped.eval().explain(images)
+    assert explanation.covered == (16, 16)
+    torch.testing.assert_close(explanation.logits, head(before), atol=1e-5, rtol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from shapwrap import ShapleyWrapper
+from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.cli.app import app
 from shapwrap.cli.zoo import parse_number
 from shapwrap.errors import ArgumentError
@@ -148,13 +149,13 @@ def _checked(name):
     return row
 
 
-def _broken_value(images, coalitions, grid):
-    masked = zero_absent_pixels(images, coalitions, grid)
+def _broken_value(images, coalitions, grid, covered):
+    masked = zero_absent_pixels(images, coalitions, grid, covered)
     return masked + 1e-3 * images.repeat_interleave(coalitions.shape[1], 0)
 
 
 def test_a_leak_is_found(monkeypatch):
-    monkeypatch.setattr("shapwrap.wrapper.zero_absent_pixels", _broken_value)
+    monkeypatch.setattr("shapwrap.backbones.base.zero_absent_pixels", _broken_value)
     row = _checked(RESNET)
     assert row.outcome == "failed"
     assert row.checks["no leak alone"] != PASSED
@@ -162,10 +163,10 @@ def test_a_leak_is_found(monkeypatch):
 
 
 def test_ignored_pixels_are_found(monkeypatch):
-    def blind(images, coalitions, grid):
-        return torch.zeros_like(zero_absent_pixels(images, coalitions, grid))
+    def blind(images, coalitions, grid, covered):
+        return torch.zeros_like(zero_absent_pixels(images, coalitions, grid, covered))
 
-    monkeypatch.setattr("shapwrap.wrapper.zero_absent_pixels", blind)
+    monkeypatch.setattr("shapwrap.backbones.base.zero_absent_pixels", blind)
     assert _checked(RESNET).checks["present pixels matter alone"] != PASSED
 
 
@@ -189,8 +190,8 @@ def test_wrong_logits_are_found(monkeypatch):
 
 
 def test_missing_gradients_are_found(monkeypatch):
-    features = ShapleyWrapper._features
-    monkeypatch.setattr(ShapleyWrapper, "_features", lambda s, x: features(s, x).detach())
+    feature_map = TimmMaps._map
+    monkeypatch.setattr(TimmMaps, "_map", lambda self, images: feature_map(self, images).detach())
     assert "none in" in _checked(RESNET).checks["gradients"]
 
 
@@ -226,8 +227,9 @@ def test_refusals_and_errors_have_reasons(monkeypatch):
 def test_coalitions_of_the_leak_check():
     drawn = checks.mixed_coalitions(12, torch.Generator().manual_seed(0))
     assert drawn.sum(1).tolist() == [1, 4, 11]
-    pixels = checks.absent_pixels(torch.tensor([[True, False]]), (1, 2), (4, 6))
-    assert pixels[0, 0, 0].tolist() == [False, False, False, True, True, True]
+    pixels = checks.absent_pixels(torch.tensor([[True, False]]), (1, 2), (4, 7), (4, 6))
+    # The last column is read by no patch.
+    assert pixels[0, 0, 0].tolist() == [False, False, False, True, True, True, True]
 
 
 def test_page():

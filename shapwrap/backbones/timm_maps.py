@@ -29,7 +29,7 @@ class TimmMaps(TimmFamily):
             UnsupportedBackboneError: The model returns its class tokens alone.
         """
         patches, grid = self._patches(images, None)
-        if patches.shape[1] == 1 and min(images.shape[-2:]) > 64:
+        if patches.shape[1] == 1 and self._layout == "tokens":
             raise UnsupportedBackboneError(
                 f"forward_features of {type(self.trunk).__name__} returned one feature vector for "
                 "the whole image; expected one for each patch."
