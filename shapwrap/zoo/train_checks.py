@@ -12,9 +12,9 @@ from shapwrap.wrapper import ShapleyWrapper
 from shapwrap.zoo.checks import SUM_TOLERANCE, passed_if, relative
 from shapwrap.zoo.row import Row
 
-STEP_LENGTHS = (0.1, 0.01, 1e-3, 1e-4, 1e-5)
+STEP_LENGTHS = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 """Of the step that would take the loss to zero if it were linear. The loss is differentiable, so
-a short enough one lowers it; below the last, float32 rounding hides whether it did."""
+a short enough one lowers it."""
 
 
 def parameters_in_use(model: nn.Module, images: Tensor, head: nn.Module | None) -> set[int]:
@@ -107,8 +107,16 @@ def check_step(
     gap = relative(output.estimates.detach() - sums, output.logits.detach())
     row.checks["estimates"] = passed_if(gap <= SUM_TOLERANCE, f"s . phi off by {gap:.2g}")
 
-    labels = torch.arange(len(images)) % output.logits.shape[1]
-    before = functional.cross_entropy(output.logits, labels) + shapley_loss(output)
+    start, after = _after_step(wrapped, images, coalitions)
+    if not after < start:
+        # A loss of thousands hides a short step in single precision.
+        start, after = _after_step(wrapped.double(), images.double(), coalitions)
+    row.checks["step"] = passed_if(after < start, f"loss {start:.6g} -> {after:.6g}")
+
+
+def _after_step(wrapped: ShapleyWrapper, images: Tensor, coalitions: Tensor) -> tuple[float, float]:
+    """The loss before and after the longest step along the gradient that lowers it, else any."""
+    before = _loss(wrapped, images, coalitions)
     before.backward()
     moved = [p for p in wrapped.parameters() if p.grad is not None]
     gradients = [p.grad.detach().clone() for p in moved if p.grad is not None]
@@ -124,4 +132,4 @@ def check_step(
             after = float(_loss(wrapped, images, coalitions))
             if after < start:
                 break
-    row.checks["step"] = passed_if(after < start, f"loss {start:.6g} -> {after:.6g}")
+    return start, after
