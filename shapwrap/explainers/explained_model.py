@@ -1,0 +1,152 @@
+"""What the compared methods need to know about a model: its logits, its patches, its parts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from shapwrap._types import Grid, Images, Logits
+from shapwrap.backbones.base import Backbone, Normalization
+from shapwrap.choosing import Request
+from shapwrap.errors import (
+    ArgumentError,
+    BackboneTypeError,
+    ShapwrapError,
+    UnsupportedBackboneError,
+)
+from shapwrap.images import check_finite, check_images
+from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.probing import in_full_precision, undisturbed
+from shapwrap.wrapper import ShapleyWrapper
+from shapwrap.wrapping import wrap
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+"""Normalised images [B, C, H, W] to logits [B, K]."""
+
+
+class ExplainedModel:
+    """A model, wrapped or plain, or any function from images to logits.
+
+    The parts of a module are found by the wrapper's own introspection, on first use; the model is
+    not changed by it.
+
+    Args:
+        model: A module, a wrapped model or a function.
+        grid: Rows and columns of patches that values are given for; by default those of the
+            backbone. A function needs it.
+
+    Raises:
+        BackboneTypeError: Neither a module nor a function.
+        ArgumentError: A grid that is not two positive ints.
+    """
+
+    def __init__(self, model: Model, *, grid: Grid | None = None):
+        if isinstance(model, type) or not callable(model):
+            raise BackboneTypeError(
+                f"model is {model!r}; expected an nn.Module, a ShapleyWrapper or a function from "
+                "images to logits."
+            )
+        if grid is not None and not (
+            len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+        ):
+            raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
+        self.model = model
+        self._grid = grid
+
+    def logits(self, images: Images) -> Logits:
+        """f(x), [B, K], in the model's own precision; gradients flow.
+
+        Raises:
+            UnsupportedBackboneError: The model returns something else.
+        """
+        logits = self.model(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+            came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UnsupportedBackboneError(
+                f"the model gives {came} for {len(images)} images; expected logits [B, K]."
+            )
+        return logits
+
+    @property
+    def wrapped(self) -> ShapleyWrapper | None:
+        """The wrapped model, if it is one."""
+        return self.model if isinstance(self.model, ShapleyWrapper) else None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The model as a module, if it is one."""
+        return self.model if isinstance(self.model, nn.Module) else None
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The adapter that knows the model's parts.
+
+        Raises:
+            UnsupportedBackboneError: The model is a function.
+            ShapwrapError: No adapter fits.
+        """
+        if self.wrapped is not None:
+            return self.wrapped._wrapping.backbone
+        if self.module is None:
+            raise UnsupportedBackboneError(
+                "the model is a function, whose parts cannot be found; expected an nn.Module."
+            )
+        return wrap(self.module, Request(), None)[0].backbone
+
+    def grid_of(self, images: Images) -> Grid:
+        """Rows and columns of patches for images of this size.
+
+        Raises:
+            ArgumentError: They are not known, and no `grid` was given.
+        """
+        if self._grid is not None:
+            return self._grid
+        if self.wrapped is not None:
+            return self.wrapped._grid_of(images)
+        try:
+            backbone = self.backbone
+        except ShapwrapError as error:
+            raise ArgumentError(
+                f"the patch grid of this model is not known ({error}); pass grid=(rows, columns)."
+            ) from error
+        with undisturbed(backbone.model), in_full_precision(backbone.model):
+            return backbone.features(images[:1].to(backbone.parameter)).grid
+
+    def covered(self, images: Images) -> tuple[int, int] | None:
+        """Height and width over which the patches lie, where a backbone tells."""
+        if self._grid is not None or self.module is None:
+            return None
+        size = (images.shape[-2], images.shape[-1])
+        return self.backbone.covered(size, self.grid_of(images))
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """Mean and standard deviation of the channels, where the model tells."""
+        if self.wrapped is not None:
+            return self.wrapped.normalization
+        configuration = getattr(self.model, "pretrained_cfg", None) or {}
+        if "mean" not in configuration or "std" not in configuration:
+            return None
+        return Normalization(tuple(configuration["mean"]), tuple(configuration["std"]))
+
+    def check(self, images: Tensor) -> None:
+        """Raise unless the images can be explained.
+
+        Raises:
+            ImageTypeError: Not a floating-point tensor.
+            ImageError: Wrong shape or device, or pixels that are not finite.
+        """
+        parameters = [] if self.module is None else self.module.parameters()
+        like = next((p for p in parameters if p.is_floating_point()), images)
+        channels = images.shape[1] if isinstance(images, Tensor) and images.ndim == 4 else 0
+        check_images(images, channels, like)
+        check_finite(images)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Eval mode inside, every module's own mode outside."""
+        modules = [] if self.module is None else list(self.module.modules())
+        with evaluation_mode(modules), torch.inference_mode(False):
+            yield

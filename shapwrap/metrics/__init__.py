@@ -1,0 +1,1 @@
+"""Metrics: how far explanations can be trusted, for any model and any map."""
