@@ -79,7 +79,9 @@ class Explainer(ABC):
                 f"{self.name} gave values that are not finite; expected finite ones. Run the model "
                 "in float32, and look at its logits for these images."
             )
-        total = made.values.new_full((len(images),), torch.nan) if made.total is None else made.total
+        total = made.total
+        if total is None:
+            total = made.values.new_full((len(images),), torch.nan)
         return Explanation(
             values=made.values.detach(),
             logits=logits,
