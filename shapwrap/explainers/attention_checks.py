@@ -1,6 +1,7 @@
 """Whether what was recorded is a vision transformer of global attention."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def check_residual_stream(layers: list[AttentionLayer]) -> None:
                 f"the output of attention {index} is added to its tokens {how}; expected "
                 f"tokens + attention(tokens), out of place. {OTHERS}"
             )
-    for index, (before, after) in enumerate(zip(layers, layers[1:], strict=False)):
+    for index, (before, after) in enumerate(pairwise(layers)):
         if after.additions[0].shortcut is not before.additions[-1].result:
             raise UnsupportedBackboneError(
                 f"attention {index + 1} is not added to the tokens that the block before gave; "

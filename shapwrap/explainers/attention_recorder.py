@@ -153,7 +153,7 @@ class AttentionRecorder(TorchFunctionMode):
     def _project(
         self, layer: AttentionLayer, given: Tensor, weight: Tensor, bias: Tensor | None = None
     ) -> None:
-        width = layer.values.shape[1] * layer.values.shape[3]
+        width = layer.values.shape[-3] * layer.values.shape[-1]
         if layer.holds_tokens(given) and given.shape[-1] == width:
             layer.projection = Projection(weight, bias)
 

@@ -12,9 +12,9 @@ from torch.nn import functional
 from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.masking.pooling import compute_dtype, without_autocast
 
-Weights = Float[Tensor, "batch heads queries keys"]
-"""Rows sum to one."""
-Values = Float[Tensor, "batch heads keys width"]
+Weights = Float[Tensor, "... heads queries keys"]
+"""[B, heads, queries, keys] in all that are explained; rows sum to one."""
+Values = Float[Tensor, "... heads keys width"]
 
 
 class Projection(NamedTuple):

@@ -113,10 +113,7 @@ def _projection_by_head(block: Block) -> Float[Tensor, "heads width features"]:
             bias = None if bias is None else bias * block.scale
         heads = torch.einsum("bhqk,bhke->bqhe", block.weights, block.values).flatten(2)
         rebuilt = functional.linear(heads, weight, bias)
-        if (
-            rebuilt.shape == added.shape
-            and (rebuilt - added).norm() <= TOLERANCE * added.norm()
-        ):
+        if rebuilt.shape == added.shape and (rebuilt - added).norm() <= TOLERANCE * added.norm():
             return rearrange(weight, "d (h e) -> h e d", h=block.values.shape[1])
     raise UnsupportedBackboneError(
         "the output of attention is not one linear layer of its heads (a norm or a gate stands "
