@@ -1,14 +1,25 @@
 """Explainers: what one would use instead, each with one interface."""
 
+from shapwrap.explainers.attcat import AttCAT
+from shapwrap.explainers.attention_grad_cam import AttentionGradCAM
+from shapwrap.explainers.attention_rollout import AttentionRollout
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.explained_model import ExplainedModel
+from shapwrap.explainers.game import GAME
 from shapwrap.explainers.random_map import RandomMap
 from shapwrap.explainers.self_explaining import SelfExplaining
+from shapwrap.explainers.token_tm import TokenTM, UnverifiedFormulaWarning
 
 __all__ = [
+    "GAME",
+    "AttCAT",
+    "AttentionGradCAM",
+    "AttentionRollout",
     "Attribution",
     "ExplainedModel",
     "Explainer",
     "RandomMap",
     "SelfExplaining",
+    "TokenTM",
+    "UnverifiedFormulaWarning",
 ]

@@ -1,0 +1,168 @@
+"""Attention written out, so that its weights can be kept and differentiated."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from shapwrap.errors import UnsupportedBackboneError
+from shapwrap.masking.pooling import compute_dtype, without_autocast
+
+Weights = Float[Tensor, "... heads queries keys"]
+"""[B, heads, queries, keys] in all that are explained; rows sum to one."""
+Values = Float[Tensor, "... heads keys width"]
+
+
+class Projection(NamedTuple):
+    """The linear layer that reads all heads of an attention, one after the other."""
+
+    weight: Float[Tensor, "features heads_width"]
+    bias: Float[Tensor, " features"] | None
+
+
+class Attended(NamedTuple):
+    """What one attention computed."""
+
+    output: Tensor
+    weights: Weights
+    values: Values
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Attended:
+    """What `torch.nn.functional.scaled_dot_product_attention` computes, with its weights.
+
+    Args:
+        query: [B, H, Q, D].
+        key: [B, H, K, D], or fewer heads with `enable_gqa`.
+        value: [B, H, K, E].
+        attn_mask: Bool, True where a query may look, or float that is added to the scores.
+        dropout_p: Must be 0.
+        is_causal: Queries see keys up to their own place.
+        scale: Of the scores; 1 / sqrt(D) if None.
+        enable_gqa: Each head of keys and values serves several heads of queries.
+
+    Raises:
+        UnsupportedBackboneError: Dropout of weights, in eval mode.
+    """
+    if dropout_p > 0:
+        raise UnsupportedBackboneError(
+            f"the model drops attention weights in eval mode (dropout_p={dropout_p}); expected 0. "
+            "Its attention is random, and no explanation of it could be repeated."
+        )
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
+    # The gradient of a half-precision softmax would underflow.
+    dtype = compute_dtype(query)
+    with without_autocast(query):
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * factor
+        if is_causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask.to(dtype)
+        # A query without any key gets zeros, and must not make the gradients of others NaN.
+        blind = torch.isneginf(scores).all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
+        if not weights.requires_grad and torch.is_grad_enabled():
+            weights.requires_grad_()
+        output = (weights @ value.to(dtype)).to(value.dtype)
+    return Attended(output, weights, value)
+
+
+class MultiHead(NamedTuple):
+    """What one call of `torch.nn.functional.multi_head_attention_forward` computed."""
+
+    attended: Attended
+    projection: Projection
+    output: Tensor
+    returned_weights: Tensor | None
+
+
+def multi_head(
+    query: Float[Tensor, "queries batch features"],
+    key: Float[Tensor, "keys batch key_features"],
+    value: Float[Tensor, "keys batch value_features"],
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> MultiHead:
+    """The function behind `nn.MultiheadAttention`, under its own argument names.
+
+    Raises:
+        UnsupportedBackboneError: Keys that are no tokens (`bias_k`, `add_zero_attn`, `static_k`),
+            no batch axis, or dropout of weights.
+    """
+    extra = bias_k, bias_v, static_k, static_v
+    if add_zero_attn or any(e is not None for e in extra) or query.ndim != 3:
+        raise UnsupportedBackboneError(
+            "nn.MultiheadAttention attends to keys that are no tokens (bias_k, bias_v, "
+            "add_zero_attn, static_k) or has no batch axis; expected one key for each token."
+        )
+    if use_separate_proj_weight or in_proj_weight is None:
+        matrices = (q_proj_weight, k_proj_weight, v_proj_weight)
+    else:
+        matrices = in_proj_weight.chunk(3)
+    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    queries, keys, values = (
+        rearrange(functional.linear(x, w, b), "t b (h d) -> b h t d", h=num_heads)
+        for x, w, b in zip((query, key, value), matrices, biases, strict=True)
+        if w is not None
+    )
+    mask = None
+    if attn_mask is not None:
+        mask = _additive(attn_mask, queries)
+        mask = mask if mask.ndim == 2 else mask.unflatten(0, (-1, num_heads))
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, queries)[:, None, None]
+        mask = padding if mask is None else mask + padding
+    attended = attend(queries, keys, values, mask, dropout_p if training else 0.0)
+    merged = rearrange(attended.output, "b h t d -> t b (h d)")
+    returned = None
+    if need_weights:
+        weights = attended.weights.to(query.dtype)
+        returned = weights.mean(dim=1) if average_attn_weights else weights
+    projection = Projection(out_proj_weight, out_proj_bias)
+    return MultiHead(attended, projection, functional.linear(merged, *projection), returned)
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask that is True where attention is forbidden, as what is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return like.new_zeros(mask.shape).masked_fill(mask, -torch.inf)
