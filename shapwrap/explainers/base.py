@@ -1,7 +1,7 @@
 """The one interface of all methods: images and a class in, an explanation out."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +43,7 @@ class Explainer(ABC):
         BackboneTypeError: Neither a module nor a function.
     """
 
-    name: ClassVar[str]
+    name: str
     """Short, as in tables and in `Explanation.method`."""
 
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
