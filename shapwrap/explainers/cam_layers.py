@@ -79,8 +79,10 @@ def feature_map(model: ExplainedModel, size: tuple[int, int]) -> Site | None:
     exact = [Site(m) for m in run.once if _is_same(run.record.outputs[m], features)]
     found = _last_alive(run, exact, size)
     if found is None and not isinstance(backbone, TokenBackbone):
-        places = [Site(place.module) for place in places_in(run.record, size)]
-        found = _last_alive(run, places, size)
+        places = [place.module for place in places_in(run.record, size)]
+        # Among the layers within a block of tokens, the last one would be an accident.
+        maps = [Site(module) for module in places if run.record.outputs[module].ndim == 4]
+        found = _last_alive(run, maps if len(maps) == len(places) else [], size)
     return found
 
 
@@ -102,12 +104,14 @@ def last_block_tokens(model: ExplainedModel, size: tuple[int, int]) -> Site | No
     if block is None:
         return None
     tokens = run.record.inputs[block]
-    first = next(m for m in run.once if m in set(block.modules()))
+    first = next(module for module in run.once if module in set(block.modules()))
     parameters = list(first.parameters())
-    if parameters and all(p.ndim < 2 for p in parameters) and first is not block:
-        if _shape(run.record.outputs[first]) == tokens.shape:
-            return Site(first)
-    return Site(block, "input")
+    is_norm = bool(parameters) and all(parameter.ndim < 2 for parameter in parameters)
+    if is_norm and _shape(run.record.outputs[first]) == tokens.shape:
+        return Site(first)
+    # Where an adapter replays the block, its first layer runs all the same.
+    same = run.record.inputs.get(first) is tokens
+    return Site(first if same else block, "input")
 
 
 def _run(

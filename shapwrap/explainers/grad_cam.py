@@ -73,11 +73,16 @@ class GradCAM(Explainer):
         self.relu = relu
         self._given = None if layer is None else Site(self._layer_named(layer))
         self._found: Site | None = None
+        self._tried = [variant]
         if variant == "auto" and self._given is None:
-            variant = "tokens" if isinstance(self.model.backbone, TokenBackbone) else "cnn"
-        self.variant = "layer" if self._given else variant
-        if self.variant == "tokens":
-            self.name = "grad-cam-tokens"
+            self._tried = ["cnn", "tokens"]
+            if isinstance(self.model.backbone, TokenBackbone):
+                self._tried.reverse()
+        self._be("layer" if self._given else self._tried[0])
+
+    def _be(self, variant: str) -> None:
+        self.variant = variant
+        self.name = "grad-cam-tokens" if variant == "tokens" else "grad-cam"
 
     def attribute(self, images: Images, target: Int[Tensor, " batch"]) -> Attribution:
         """Values of patches; one forward and one backward an image."""
@@ -112,9 +117,9 @@ class GradCAM(Explainer):
         gradients = self._patches(gradient, images, size)
         if not gradients.features.any():
             warnings.warn(
-                f"the gradient of the logits is zero for every patch at {type(site.module).__name__}"
-                ", so the map is zero; where a head reads the class token alone, look at a layer "
-                "before the last attention (variant='tokens').",
+                f"the logits do not depend on the patches at {type(site.module).__name__}, so the "
+                "map is zero: a classifier of zeros, or a layer after the last attention of a "
+                "head that reads the class token alone, for which use variant='tokens'.",
                 stacklevel=4,
             )
         return channels.features, gradients.features, channels.grid
@@ -133,21 +138,27 @@ class GradCAM(Explainer):
 
     def _site(self, size: tuple[int, int]) -> Site:
         """The layer that introspection finds, once."""
-        if self._found is None:
-            model = self.model
-            with torch.random.fork_rng(devices=[]), in_full_precision(model.backbone.model):
-                with without_recomputation(model.backbone.model):
-                    if self.variant == "tokens":
-                        self._found = last_block_tokens(model, size)
-                    else:
-                        self._found = feature_map(model, size)
-        if self._found is None:
-            what = "last block of tokens" if self.variant == "tokens" else "map that its head reads"
-            raise UnsupportedBackboneError(
-                f"no layer of {type(self.model.backbone.model).__name__} shows the {what}; use "
-                "another variant, or pass layer= (a module or its name)."
-            )
-        return self._found
+        if self._found is not None:
+            return self._found
+        module = self.model.backbone.model
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.enable_grad(),
+            in_full_precision(module),
+            without_recomputation(module),
+        ):
+            for variant in self._tried:
+                find = last_block_tokens if variant == "tokens" else feature_map
+                self._found = find(self.model, size)
+                if self._found is not None:
+                    self._be(variant)
+                    return self._found
+        what = {"cnn": "map that its head reads", "tokens": "last block of tokens"}
+        raise UnsupportedBackboneError(
+            f"no layer of {type(module).__name__} shows the "
+            f"{', or the '.join(what[variant] for variant in self._tried)}; pass layer= (a module "
+            "or its name), or another variant."
+        )
 
     def _layer_named(self, layer: nn.Module | str) -> nn.Module:
         module = self.model.wrapped.model if self.model.wrapped else self.model.module
