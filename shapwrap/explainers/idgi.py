@@ -19,7 +19,8 @@ class IDGI(Explainer):
 
     x_0 to x_n lie evenly on the line from a baseline to the image, and g_j is the gradient of f_c
     at x_j. A step is shared out among all pixels and channels of an image, so the values sum to
-    f_c(x_n) - f_c(x_0), but for steps with a gradient of zero, which go to no pixel.
+    f_c(x_n) - f_c(x_0). A step that starts with a gradient of zero (0/0) goes to no pixel, and is
+    missing from the sum: `efficiency_gap` tells how much that is.
 
     Args:
         model: A module, a wrapped model, or any differentiable function with `grid`.
