@@ -53,7 +53,7 @@ METHODS = {
     "input-x-gradient": Method(InputXGradient),
     "idgi": Method(IDGI),
     "grad-cam": Method(GradCAM),
-    "grad-cam-tokens": Method(lambda model: GradCAM(model, variant="tokens"), kinds=("vit",)),
+    "grad-cam (tokens)": Method(lambda model: GradCAM(model, variant="tokens"), kinds=("vit",)),
 }
 CASES = [(name, kind) for name, method in METHODS.items() for kind in method.kinds]
 each = pytest.mark.parametrize(("name", "kind"), CASES)

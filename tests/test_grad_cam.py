@@ -108,7 +108,7 @@ def test_tokens_enter_the_last_attention(kind):
     logits = model.forward_head(model.norm(tokens))
     torch.testing.assert_close(logits, model(images))
     found = _check(model, images, features, logits, "tokens")
-    assert found.method == "grad-cam-tokens"
+    assert found.method == "grad-cam (tokens)"
     by_layer = GradCAM(model, layer=block.norm1, relu=False)(images, 1)
     torch.testing.assert_close(by_layer.values, found.values)
 
@@ -162,7 +162,7 @@ def test_a_tower_inside_another_model():
     model = nn.Sequential(vit, nn.Linear(5, 4)).eval()
     explainer = GradCAM(model)
     assert explainer(_images((224, 224), batch=1), 1).grid == (4, 4)
-    assert explainer.variant == "tokens" and explainer.name == "grad-cam-tokens"
+    assert explainer.variant == "tokens" and explainer.name == "grad-cam (tokens)"
     assert explainer._found.module is vit.blocks[-1].norm1
 
 

@@ -2,9 +2,13 @@
 
 import builtins
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import timm.models.resnet
 import timm.models.vision_transformer
 import torch
 from hypothesis import given
@@ -122,7 +126,9 @@ def test_integrated_gradients(size, batch, chunk, baseline, seed, absolute, step
         if absolute:
             assert found.total.isnan().all()
         else:
-            np.testing.assert_allclose(found.total[index].item(), ends[0] - ends[1], rtol=1e-9)
+            np.testing.assert_allclose(
+                found.total[index].item(), ends[0] - ends[1], rtol=1e-7, atol=1e-12
+            )
 
 
 @given(**problems, output=st.sampled_from(["probability", "logit"]), steps=st.integers(1, 6))
@@ -294,3 +300,18 @@ def test_without_captum(monkeypatch):
     for method in (IntegratedGradients, InputXGradient):
         with pytest.raises(MissingDependencyError, match=r"shapwrap\[explainers\]"):
             method(Smooth())
+
+
+def test_examples_of_the_page(monkeypatch):
+    page = Path(__file__).parents[1] / "docs" / "explainers.md"
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(examples) == 2
+    small = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=300)
+    small.pretrained_cfg = {"mean": MEAN, "std": STD}
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained: small)
+    names = {}
+    for example in examples:
+        code = example.replace("224, 224", "64, 64")
+        exec(code.replace("chunk_size=32", "chunk_size=32, n_steps=2"), names)
+    assert names["heat"].shape == (2, 64, 64)
+    assert (names["bagnet"](names["images"], 3).efficiency_gap() < 1e-5).all()

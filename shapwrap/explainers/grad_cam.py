@@ -82,7 +82,7 @@ class GradCAM(Explainer):
 
     def _be(self, variant: str) -> None:
         self.variant = variant
-        self.name = "grad-cam-tokens" if variant == "tokens" else "grad-cam"
+        self.name = "grad-cam (tokens)" if variant == "tokens" else "grad-cam"
 
     def attribute(self, images: Images, target: Int[Tensor, " batch"]) -> Attribution:
         """Values of patches; one forward and one backward an image."""
