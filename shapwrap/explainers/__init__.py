@@ -6,18 +6,26 @@ from shapwrap.explainers.attention_rollout import AttentionRollout
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.game import GAME
+from shapwrap.explainers.grad_cam import GradCAM
+from shapwrap.explainers.idgi import IDGI
+from shapwrap.explainers.input_x_gradient import InputXGradient
+from shapwrap.explainers.integrated_gradients import IntegratedGradients
 from shapwrap.explainers.random_map import RandomMap
 from shapwrap.explainers.self_explaining import SelfExplaining
 from shapwrap.explainers.token_tm import TokenTM, UnverifiedFormulaWarning
 
 __all__ = [
     "GAME",
+    "IDGI",
     "AttCAT",
     "AttentionGradCAM",
     "AttentionRollout",
     "Attribution",
     "ExplainedModel",
     "Explainer",
+    "GradCAM",
+    "InputXGradient",
+    "IntegratedGradients",
     "RandomMap",
     "SelfExplaining",
     "TokenTM",

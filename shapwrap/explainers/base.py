@@ -1,7 +1,7 @@
 """The one interface of all methods: images and a class in, an explanation out."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +43,7 @@ class Explainer(ABC):
         BackboneTypeError: Neither a module nor a function.
     """
 
-    name: ClassVar[str]
+    name: str
     """Short, as in tables and in `Explanation.method`."""
 
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
@@ -70,10 +70,12 @@ class Explainer(ABC):
             if images.is_inference():
                 images = images.clone()
             with torch.no_grad():
-                logits = self.model.logits(images)
-            classes = check_target(target, logits)
+                parts = images.split(self.chunk_size)
+                logits = torch.cat([self.model.logits(part) for part in parts])
+            # Inference tensors cannot be saved for a backward pass.
+            classes = check_target(target, logits).clone()
             made = self.attribute(images.detach(), classes)
-            covered = None if made.pixels is not None else self.model.covered(images)
+            covered = self.model.covered(images)
         if not torch.isfinite(made.values).all():
             raise ShapwrapError(
                 f"{self.name} gave values that are not finite; expected finite ones. Run the model "
@@ -112,4 +114,5 @@ class Explainer(ABC):
     ) -> Attribution:
         """Values of pixels, and their sums over the patches."""
         grid = self.model.grid_of(images)
-        return Attribution(sums_over_patches(pixels, grid), grid, pixels, total)
+        values = sums_over_patches(pixels, grid, self.model.covered(images))
+        return Attribution(values, grid, pixels, total)

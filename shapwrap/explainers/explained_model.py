@@ -54,6 +54,7 @@ class ExplainedModel:
             raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
         self.model = model
         self._grid = grid
+        self._native: dict[tuple[int, int], Grid] = {}
 
     def logits(self, images: Images) -> Logits:
         """f(x), [B, K], in the model's own precision; gradients flow.
@@ -101,18 +102,29 @@ class ExplainedModel:
         Raises:
             ArgumentError: They are not known, and no `grid` was given.
         """
-        if self._grid is not None:
-            return self._grid
+        return self._grid or self.native_grid(images)
+
+    def native_grid(self, images: Images) -> Grid:
+        """Rows and columns of the backbone's own patches, whatever `grid` was given.
+
+        Raises:
+            ArgumentError: They are not known.
+        """
         if self.wrapped is not None:
             return self.wrapped._grid_of(images)
-        try:
-            backbone = self.backbone
-        except ShapwrapError as error:
-            raise ArgumentError(
-                f"the patch grid of this model is not known ({error}); pass grid=(rows, columns)."
-            ) from error
-        with undisturbed(backbone.model), in_full_precision(backbone.model):
-            return backbone.features(images[:1].to(backbone.parameter)).grid
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._native:
+            try:
+                backbone = self.backbone
+            except ShapwrapError as error:
+                raise ArgumentError(
+                    f"the patch grid of this model is not known ({error}); pass grid=(rows, "
+                    "columns)."
+                ) from error
+            with undisturbed(backbone.model), in_full_precision(backbone.model):
+                grid = backbone.features(images[:1].to(backbone.parameter)).grid
+            self._native[size] = grid
+        return self._native[size]
 
     def covered(self, images: Images) -> tuple[int, int] | None:
         """Height and width over which the patches lie, where a backbone tells."""
