@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from shapwrap.metrics.average_precision import average_precision
 from shapwrap.metrics.boxes import BoxLocalisation, box_localisation
+from shapwrap.metrics.cost import Cost, cost
 from shapwrap.metrics.pointing import Localisation, localisation, pointing_game
+from shapwrap.metrics.randomisation import Randomisation, randomisation
 from shapwrap.metrics.segmentation import (
     SegmentationScores,
     SegmentationStatistics,
@@ -13,6 +15,9 @@ from shapwrap.metrics.segmentation import (
     segmentation_scores,
     segmentation_statistics,
 )
+from shapwrap.metrics.sensitivity import Sensitivity, sensitivity_n
+from shapwrap.metrics.stability import Stability, stability
+from shapwrap.metrics.value_functions import filled_value, native_value
 
 if TYPE_CHECKING:
     from shapwrap.metrics.localisation_metrics import BoxIoU, PointingGame, Segmentation
@@ -27,18 +32,28 @@ _LAZY = {
 __all__ = [
     "BoxIoU",
     "BoxLocalisation",
+    "Cost",
     "Localisation",
     "PointingGame",
+    "Randomisation",
     "Segmentation",
     "SegmentationScores",
     "SegmentationStatistics",
     "SegmentationTotals",
+    "Sensitivity",
+    "Stability",
     "average_precision",
     "box_localisation",
+    "cost",
+    "filled_value",
     "localisation",
+    "native_value",
     "pointing_game",
+    "randomisation",
     "segmentation_scores",
     "segmentation_statistics",
+    "sensitivity_n",
+    "stability",
 ]
 
 
