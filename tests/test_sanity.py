@@ -145,8 +145,9 @@ def test_a_wrapped_model_is_randomised_and_restored(kind):
     explained = wrapped.explain(case.images).values
     groups = layers_from_output(wrapped, case.images)
     grouped = [id(p) for parameters in groups.values() for p in parameters]
-    assert sorted(grouped) == sorted(id(p) for p in wrapped.parameters())
+    assert len(grouped) == len(set(grouped)) <= len(list(wrapped.parameters()))
     names = list(groups)
+    assert names[0].split(".")[-1] in ("head", "8")
     found = randomisation(
         wrapped, SelfExplaining, case.images, layers=[names[0], names[-1]], order="cascading"
     )
@@ -163,9 +164,38 @@ def test_output_comes_before_input():
     case = make_case("vit-average")
     model = case.wrapped.unwrap()
     names = list(layers_from_output(model, case.images))
-    assert names[0] == "head" and names[-2:] == ["patch_embed.proj", ""]
+    assert names[0] == "head" and names[-2:] == ["", "patch_embed.proj"]
     assert names.index("blocks.1.mlp.fc2") < names.index("blocks.1.attn.qkv")
     assert names.index("blocks.1.attn.qkv") < names.index("blocks.0.mlp.fc1")
+
+
+def test_what_only_the_explanation_reads_stands_before_the_output():
+    case = make_case("whole-class-token")
+    asked = []
+
+    def make(model):
+        asked.append(model.patch_layer.weight.detach().clone())
+        return SelfExplaining(model)
+
+    found = randomisation(case.wrapped, make, case.images)
+    assert found.layers[0] == "patch_layer"
+    assert "patch_layer" not in layers_from_output(case.wrapped, case.images)
+    assert torch.equal(asked[0], case.wrapped.patch_layer.weight)
+    assert not torch.equal(asked[1], asked[0])
+
+
+def test_unread_parameters_are_left_alone(network):
+    network.unused = nn.Linear(2, 2)
+    network.forward = lambda images: network[3](network[2](network[1](network[0](images))))
+    found = randomisation(network, weighted_fourth, torch.randn(1, 3, 4, 6))
+    assert found.layers == ("3", "1", "0")
+
+
+def weighted_fourth(model):
+    def explainer(images, target=None):
+        return SimpleNamespace(values=model[3].weight[:1].detach(), target=torch.zeros(1).long())
+
+    return explainer
 
 
 def test_constant_maps_have_no_similarity(network):
@@ -293,6 +323,7 @@ def test_native_value_is_that_of_the_wrapped_model():
         value = native_value(wrapped, case.images, target, chunk_size=chunk_size)
         torch.testing.assert_close(value(coalitions), expected, atol=2e-5, rtol=1e-4)
     assert all(module.training for module in wrapped.modules())
+    assert not value(coalitions).requires_grad
     predicted = native_value(wrapped, case.images)(torch.ones(3, 1, wrapped.num_patches).bool())
     torch.testing.assert_close(
         predicted[:, 0], wrapped.eval()(case.images).amax(1), atol=2e-5, rtol=1e-4
@@ -311,6 +342,7 @@ def test_filled_value_is_that_of_painted_images(network, probability, fill):
     )
     network.train()
     found = value(coalitions)
+    assert not found.requires_grad
     assert network.training
     network.eval()
     for image in range(3):

@@ -69,7 +69,7 @@ def cost(
     module = model.module
 
     def forward() -> None:
-        with torch.no_grad(), model.evaluated():
+        with model.evaluated(), torch.no_grad():
             model.logits(images)
 
     def explanation() -> None:

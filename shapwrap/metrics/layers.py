@@ -1,81 +1,100 @@
-"""The layers of a model in the order in which it runs them."""
+"""The layers of a model in the order in which it reads their parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel
 
+Layers = dict[str, list[nn.Parameter]]
+"""Parameters by the name of the module that owns them."""
 
-def layers_from_output(
-    model: nn.Module, images: Tensor, names: Sequence[str] | None = None
-) -> dict[str, list[nn.Parameter]]:
-    """Parameters by layer, from the output to the input.
 
-    Args:
-        model: Runs once, in eval mode.
-        images: Float [B, C, H, W]; the first one is used.
-        names: Modules, each with all that it contains, in this order; by default every module that
-            runs and has parameters of its own. Parameters of a module that is never called belong
-            to the module around it.
+def layers_by_name(model: nn.Module, names: Sequence[str]) -> Layers:
+    """Modules, each with all that it contains, in the order given.
 
     Raises:
         ArgumentError: A name that the model lacks, or nothing to randomise.
     """
     modules = dict(model.named_modules())
-    if names is not None:
-        unknown = [name for name in names if name not in modules]
-        if unknown or not names:
-            raise ArgumentError(
-                f"layers hold {unknown[:3]}, which the model lacks; expected names of "
-                "model.named_modules()."
-            )
-        groups = {name: list(modules[name].parameters()) for name in names}
-    else:
-        groups = _by_execution(model, modules, images)
-    groups = {name: parameters for name, parameters in groups.items() if parameters}
-    if not groups:
-        raise ArgumentError("these layers have no parameters; expected some to randomise.")
-    return groups
+    unknown = [name for name in names if name not in modules]
+    if unknown or not names:
+        raise ArgumentError(
+            f"layers hold {unknown[:3]}, which the model lacks; expected names of "
+            "model.named_modules()."
+        )
+    layers = {name: list(modules[name].parameters()) for name in names}
+    return _not_empty({name: parameters for name, parameters in layers.items() if parameters})
 
 
-def _by_execution(
-    model: nn.Module, modules: dict[str, nn.Module], images: Tensor
-) -> dict[str, list[nn.Parameter]]:
-    place = _places(model, modules, images[:1])
-    owned: dict[str, list[nn.Parameter]] = {name: [] for name in place}
-    seen: set[int] = set()
-    for name, module in modules.items():
-        around = name
-        while around not in place:
-            around = around.rpartition(".")[0]
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                owned[around].append(parameter)
-    return dict(reversed(owned.items()))
+def layers_from_output(
+    model: nn.Module, images: Tensor, read_elsewhere: Sequence[nn.Parameter] = ()
+) -> Layers:
+    """Every layer that owns parameters which a forward pass reads, the last one read first.
 
+    What counts is which tensors operations receive, so it makes no difference whether a module is
+    called or its weights are used by hand. Parameters that nothing reads are left out.
 
-def _places(model: nn.Module, modules: dict[str, nn.Module], images: Tensor) -> list[str]:
-    """Names of the modules that are called, in the order of their first call.
+    Args:
+        model: Runs once, in eval mode.
+        images: Float [B, C, H, W]; the first one is used.
+        read_elsewhere: Further parameters, in the order of reading: what only the explanation
+            uses stands before the output.
 
-    The model comes first: its own parameters, position embeddings and class tokens, act first.
+    Raises:
+        ArgumentError: The model reads no parameters.
     """
-    names = {module: name for name, module in modules.items()}
-    place = [""]
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if names[module] not in place:
-            place.append(names[module])
-
-    handles = [module.register_forward_pre_hook(note) for module in modules.values()]
     explained = ExplainedModel(model)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), explained.evaluated():
-            explained.logits(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return place
+    quietly = torch.random.fork_rng(devices=[])
+    with explained.evaluated(), torch.no_grad(), quietly, parameters_read(model) as read:
+        explained.logits(images[:1])
+    order = list(read)
+    known = set(map(id, order))
+    order += [parameter for parameter in read_elsewhere if id(parameter) not in known]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    layers: Layers = {}
+    for parameter in order:
+        layers.setdefault(names[id(parameter)].rpartition(".")[0], []).append(parameter)
+    return _not_empty(dict(reversed(layers.items())))
+
+
+@contextmanager
+def parameters_read(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The parameters that operations receive inside, each once, in the order of first use."""
+    reads = _Reads(model)
+    with reads:
+        yield reads.order
+
+
+class _Reads(TorchDispatchMode):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.order: list[nn.Parameter] = []
+        self._unread = {id(parameter): parameter for parameter in model.parameters()}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation, and note the parameters among its arguments."""
+        options = dict(kwargs or {})
+        for argument in tree_leaves((args, options)):
+            parameter = self._unread.pop(id(argument), None)
+            if parameter is not None:
+                self.order.append(parameter)
+        return func(*args, **options)
+
+
+def _not_empty(layers: Layers) -> Layers:
+    if not layers:
+        raise ArgumentError("these layers have no parameters; expected some to randomise.")
+    return layers

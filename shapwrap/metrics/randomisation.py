@@ -13,7 +13,7 @@ from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explainers.explained_model import Model
 from shapwrap.metrics.correlation import spearman
 from shapwrap.metrics.cost import MethodCall
-from shapwrap.metrics.layers import layers_from_output
+from shapwrap.metrics.layers import layers_by_name, layers_from_output, parameters_read
 
 Order = Literal["cascading", "independent"]
 Drawing = Literal["normal", "permutation"]
@@ -57,7 +57,7 @@ def randomisation(
         order: "cascading" randomises from the output layer down to the input and keeps what is
             random already; "independent" randomises one layer at a time.
         layers: Names of modules, randomised with all that they contain, output first; by default
-            every layer with parameters of its own, in the reverse order of their execution.
+            every module that owns parameters which the model reads, the last one read first.
         drawing: "normal" draws with the mean and standard deviation of the tensor, "permutation"
             shuffles its entries.
         generator: Source of randomness, on the CPU; a new one with seed 0 if None.
@@ -81,9 +81,14 @@ def randomisation(
         if choice not in known:
             raise ArgumentError(f"{name} is {choice!r}; expected one of {known}.")
     generator = generator or torch.Generator().manual_seed(0)
-    explanation = make_explainer(model)(images, target)
+    explainer = make_explainer(model)
+    with parameters_read(model) as read:
+        explanation = explainer(images, target)
     trained, classes = explanation.values, explanation.target
-    groups = layers_from_output(model, images, layers)
+    if layers is None:
+        groups = layers_from_output(model, images, read)
+    else:
+        groups = layers_by_name(model, layers)
     rows = []
     with restored(model) as restore:
         for parameters in groups.values():

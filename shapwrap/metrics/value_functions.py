@@ -55,7 +55,7 @@ def native_value(
             classes.split(chunk_size),
             strict=True,
         )
-        with torch.no_grad(), model.evaluated():
+        with model.evaluated(), torch.no_grad():
             rows = [
                 wrapped.value(image, present, chunk_size=step)[
                     torch.arange(len(image)), :, chosen.to(image.device)
@@ -112,7 +112,7 @@ def filled_value(
         flat = coalitions.to(images.device).flatten(0, 1)
         of_image = torch.arange(batch, device=images.device).repeat_interleave(number)
         rows = []
-        with torch.no_grad(), explained.evaluated():
+        with explained.evaluated(), torch.no_grad():
             for present, image in zip(
                 flat.split(chunk_size), of_image.split(chunk_size), strict=True
             ):
@@ -134,6 +134,6 @@ def _classes(
         came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ImageError(f"images are {came}; expected [B, C, H, W], B >= 1.")
     model.check(images)
-    with torch.no_grad(), model.evaluated():
+    with model.evaluated(), torch.no_grad():
         logits = torch.cat([model.logits(part) for part in images.split(chunk_size)])
     return check_target(target, logits)
