@@ -8,8 +8,8 @@ from shapwrap.backbones.base import Normalization
 from shapwrap.data import ClutteredDigits, efficientnet_lite0, localisation
 from shapwrap.data.digits import load_digits
 from shapwrap.data.folder import image_transform, load_folder
-from shapwrap.data.localisation import evidence_patches
 from shapwrap.errors import ArgumentError
+from shapwrap.metrics.pointing import evidence_patches
 
 
 def test_scenes_repeat_and_differ():

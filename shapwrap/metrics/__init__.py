@@ -1,1 +1,64 @@
 """Metrics: how far explanations can be trusted, for any model and any map."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from shapwrap.metrics.average_precision import average_precision
+from shapwrap.metrics.boxes import BoxLocalisation, box_localisation
+from shapwrap.metrics.cost import Cost, cost
+from shapwrap.metrics.pointing import Localisation, localisation, pointing_game
+from shapwrap.metrics.randomisation import Randomisation, randomisation
+from shapwrap.metrics.segmentation import (
+    SegmentationScores,
+    SegmentationStatistics,
+    SegmentationTotals,
+    segmentation_scores,
+    segmentation_statistics,
+)
+from shapwrap.metrics.sensitivity import Sensitivity, sensitivity_n
+from shapwrap.metrics.stability import Stability, stability
+from shapwrap.metrics.value_functions import filled_value, native_value
+
+if TYPE_CHECKING:
+    from shapwrap.metrics.localisation_metrics import BoxIoU, PointingGame, Segmentation
+
+# Classes that need torchmetrics, imported when they are asked for.
+_LAZY = {
+    "BoxIoU": "shapwrap.metrics.localisation_metrics",
+    "PointingGame": "shapwrap.metrics.localisation_metrics",
+    "Segmentation": "shapwrap.metrics.localisation_metrics",
+}
+
+__all__ = [
+    "BoxIoU",
+    "BoxLocalisation",
+    "Cost",
+    "Localisation",
+    "PointingGame",
+    "Randomisation",
+    "Segmentation",
+    "SegmentationScores",
+    "SegmentationStatistics",
+    "SegmentationTotals",
+    "Sensitivity",
+    "Stability",
+    "average_precision",
+    "box_localisation",
+    "cost",
+    "filled_value",
+    "localisation",
+    "native_value",
+    "pointing_game",
+    "randomisation",
+    "segmentation_scores",
+    "segmentation_statistics",
+    "sensitivity_n",
+    "stability",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A class that needs torchmetrics."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
