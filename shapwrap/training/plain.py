@@ -127,7 +127,7 @@ def _classifier(model: nn.Module, head: nn.Module | str | None) -> list[nn.Param
             head = model.get_submodule(head)
         except AttributeError as error:
             raise ArgumentError(
-                f"head is {head!r}; expected the name of a part of {type(model).__name__} ({error})."
+                f"head is {head!r}; expected the name of a part of the model ({error})."
             ) from error
     if head is None:
         try:
