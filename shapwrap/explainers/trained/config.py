@@ -34,7 +34,7 @@ class TrainedConfig:
     """Training of the surrogate; None for the model itself on masked images, untrained."""
     explainer: LoopConfig
     """Training of the explainer network."""
-    link: Link
+    link: Link | str
     """What a coalition is worth; also the unit of the values."""
     num_masks: int
     """Coalitions an image and step for the explainer."""
@@ -42,7 +42,7 @@ class TrainedConfig:
     """Coalitions an image and step for the surrogate."""
     paired: bool = True
     """The explainer's coalitions come with their complements."""
-    distribution: MaskDistribution = "shapley"
+    distribution: MaskDistribution | str = "shapley"
     """Of the explainer's coalitions."""
     efficiency_weight: float = 0.0
     """Weight of the loss on the efficiency gap before normalisation."""
@@ -82,7 +82,7 @@ class ViTShapleyConfig(TrainedConfig):
 
     surrogate: LoopConfig | None = VIT_SURROGATE
     explainer: LoopConfig = VIT_EXPLAINER
-    link: Link = "probability"
+    link: Link | str = "probability"
     num_masks: int = 32
     mlp_ratio: float = 4.0
     """Hidden width of the layers after the backbone, as a multiple of the tokens' width."""
@@ -100,7 +100,7 @@ class FastSHAPConfig(TrainedConfig):
 
     surrogate: LoopConfig | None = PIXEL_SURROGATE
     explainer: LoopConfig = UNET_EXPLAINER
-    link: Link = "log-probability"
+    link: Link | str = "log-probability"
     num_masks: int = 2
     efficiency_weight: float = 1e-2
     mask_channel: bool = False

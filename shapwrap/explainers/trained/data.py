@@ -5,13 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from shapwrap._types import Images
 from shapwrap.errors import TrainingError
 from shapwrap.training.position import loader_generators
 from shapwrap.training.random_stream import global_states_kept
 
 
-def images_of(batch: Any) -> Images:
+def images_of(batch: Any) -> Tensor:
     """The images of a batch.
 
     Raises:
@@ -27,7 +26,7 @@ def images_of(batch: Any) -> Images:
     return images
 
 
-def first_images(data: Iterable[Any]) -> Images:
+def first_images(data: Iterable[Any]) -> Tensor:
     """The images of the first batch; no random state is moved by the look.
 
     Raises:

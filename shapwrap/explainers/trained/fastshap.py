@@ -1,7 +1,7 @@
 """FastSHAP: Shapley values of cells of pixels, learned by a U-Net."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -55,9 +55,11 @@ class FastSHAP(TrainedExplainer):
         config: FastSHAPConfig | None = None,
         grid: Grid | None = None,
         chunk_size: int = 64,
-    ) -> Self:
+    ) -> "FastSHAP":
         """A trained explainer of the model; see `fit` for the data and the errors."""
-        return cls(model, config=config, grid=grid, chunk_size=chunk_size).fit(data)
+        explainer = cls(model, config=config, grid=grid, chunk_size=chunk_size)
+        explainer.fit(data)
+        return explainer
 
     def make_surrogate(self, images: Images) -> Surrogate:
         """A copy of the model that sees zeros where cells are absent."""

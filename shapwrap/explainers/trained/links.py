@@ -11,7 +11,7 @@ Link = Literal["probability", "log-probability", "logit"]
 """From logits to the values of the game."""
 
 
-def linked(logits: Tensor, link: Link) -> Tensor:
+def linked(logits: Tensor, link: Link | str) -> Tensor:
     """Values of the game, [..., K], in float32 or float64."""
     logits = logits.to(compute_dtype(logits))
     if link == "probability":

@@ -37,7 +37,7 @@ def sample_kernel(
     num_patches: int,
     num: int,
     *,
-    distribution: MaskDistribution,
+    distribution: MaskDistribution | str,
     paired: bool,
     generator: torch.Generator,
 ) -> Coalitions:

@@ -38,7 +38,7 @@ class _MaskedImages(Loop):
         self._dtype = like.dtype
         self._method = config
 
-    def _unpack(self, batch: Any) -> Images:
+    def _unpack(self, batch: Any) -> Tensor:
         images = images_of(send_to_device(batch, self.accelerator.device))
         if not images.is_floating_point():
             raise ImageTypeError(

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -75,7 +75,7 @@ class TrainedExplainer(Explainer):
 
     # --- training -----------------------------------------------------------------------------
 
-    def fit(self, data: Iterable[Any], *, resume: bool = False) -> Self:
+    def fit(self, data: Iterable[Any], *, resume: bool = False) -> "TrainedExplainer":
         """The explainer itself, after both stages of training.
 
         Args:
@@ -211,7 +211,7 @@ class TrainedExplainer(Explainer):
         state[CLASSES] = torch.tensor(self._num_classes)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Self:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> "TrainedExplainer":
         """The explainer itself, as it was when `state` was taken; same model and settings.
 
         Raises:
@@ -264,7 +264,7 @@ class TrainedExplainer(Explainer):
             torch.manual_seed(self.config.explainer.seed)
             return make()
 
-    def _like_model(self, images: Images) -> Images:
+    def _like_model(self, images: Tensor) -> Images:
         """Checked images where the model lies, in its precision."""
         parameters = () if self.model.module is None else self.model.module.parameters()
         like = next((p for p in parameters if p.is_floating_point()), images)

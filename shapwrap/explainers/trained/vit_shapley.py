@@ -1,7 +1,7 @@
 """ViT-Shapley: Shapley values of a ViT's masked copy, learned by the ViT itself."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -61,9 +61,11 @@ class ViTShapley(TrainedExplainer):
         *,
         config: ViTShapleyConfig | None = None,
         chunk_size: int = 64,
-    ) -> Self:
+    ) -> "ViTShapley":
         """A trained explainer of the model; see `fit` for the data and the errors."""
-        return cls(model, config=config, chunk_size=chunk_size).fit(data)
+        explainer = cls(model, config=config, chunk_size=chunk_size)
+        explainer.fit(data)
+        return explainer
 
     def make_surrogate(self, images: Images) -> Surrogate:
         """A copy of the model that removes absent patches before its first block."""
