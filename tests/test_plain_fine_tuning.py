@@ -104,7 +104,7 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path):
     whole, parts = transformer(proj_drop_rate=0.1), transformer(proj_drop_rate=0.1)
     fine_tune(whole, _data(), config=stage(epochs=3, output_dir=tmp_path / "whole"))
     config = stage(epochs=3, output_dir=tmp_path / "parts")
-    broken = _data()[:2] + [(images(6) * torch.nan, torch.zeros(6).long())]
+    broken = [*_data()[:2], (images(6) * torch.nan, torch.zeros(6).long())]
 
     class Breaks(list):
         """Good in the first epoch, broken afterwards."""

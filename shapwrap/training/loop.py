@@ -271,12 +271,16 @@ class Loop(ABC):
             raise TrainingError(
                 f"a batch is {type(batch).__name__}; expected a pair (images, labels)."
             )
-        images, targets = send_to_device(batch, self.accelerator.device)
+        images, targets = self._moved(batch)
         if not isinstance(targets, Tensor):
             raise TrainingError(
                 f"labels are {type(targets).__name__}; expected a tensor, one label an image."
             )
         return images, targets
+
+    def _moved(self, batch: Any) -> Any:
+        """The same batch on the device."""
+        return send_to_device(batch, self.accelerator.device)
 
     def _prepare_data(self, data: Iterable[Any]) -> Iterable[Any]:
         return engine.prepare_data(self.accelerator, data, self._settings.seed)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from shapwrap._types import Images
@@ -39,7 +38,7 @@ class _MaskedImages(Loop):
         self._method = config
 
     def _unpack(self, batch: Any) -> Tensor:
-        images = images_of(send_to_device(batch, self.accelerator.device))
+        images = images_of(self._moved(batch))
         if not images.is_floating_point():
             raise ImageTypeError(
                 f"training images are {images.dtype}; expected floating point, normalised as the "
