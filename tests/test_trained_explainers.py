@@ -573,6 +573,14 @@ def test_grid_of_the_backbone_is_the_default():
     assert explainer(torch.randn(1, 3, *size)).grid == (1, 2)
 
 
+def test_a_wrapped_model_can_be_compared_with_itself():
+    wrapped = ShapleyWrapper(transformer(class_token=False, global_pool="avg", fc_norm=False))
+    explainer = FastSHAP.train(wrapped, DATA, config=fastshap_config())
+    found = explainer(images(2))
+    assert found.grid == GRID
+    torch.testing.assert_close(found.logits, wrapped(images(2)))
+
+
 # --- what a user can get wrong --------------------------------------------------------------
 
 
