@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shapwrap._types import Grid, Images, PatchFeatures, PooledFeatures, PreLogits
@@ -13,6 +13,7 @@ from shapwrap.backbones.positions import Positions, RotaryPositions
 from shapwrap.backbones.registry import Preference, register_backbone
 from shapwrap.backbones.timm_maps import TimmMaps
 from shapwrap.backbones.tokens import TokenBackbone, Tokens, TokenSequence
+from shapwrap.backbones.whole_model import mean_output
 from shapwrap.errors import ImageError
 from shapwrap.masking.attention import AttentionMask
 
@@ -100,6 +101,10 @@ class TimmTokens(TokenBackbone, TimmMaps):
         if pooling is None:
             return super().pre_logits(pooled)
         return self.project(self.trunk.fc_norm(pooling.after(pooled)))
+
+    def prefix_scores(self, prefix: Tokens) -> Tensor:
+        """Timm's `forward_head`, which reads the class token, and of a distilled model two."""
+        return mean_output(self.trunk.forward_head(prefix))
 
     def _latent_pooling(self) -> LatentPooling | None:
         layer = getattr(self.trunk, "attn_pool", None)

@@ -111,7 +111,7 @@ class TokenBackbone(Backbone):
 
     def features(self, images: Images) -> FeatureMap:
         """Patch features of the whole image."""
-        encoded, sequence, num_prefix = self._encoded(images)
+        encoded, sequence, num_prefix = self.whole_tokens(images)
         everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
         return FeatureMap(self.weigh(encoded, everyone, num_prefix), sequence.grid)
 
@@ -128,7 +128,7 @@ class TokenBackbone(Backbone):
 
     def masked_features(self, images: Images, present: PatchMask) -> PatchFeatures:
         """Patch features of images whose absent patches are zeroed."""
-        encoded, _, num_prefix = self._encoded(images)
+        encoded, _, num_prefix = self.whole_tokens(images)
         part = torch.cat((present.new_ones(len(present), num_prefix), present), dim=1)
         return self.weigh(encoded, part, num_prefix)
 
@@ -145,14 +145,15 @@ class TokenBackbone(Backbone):
         """
         # The complements of a pair need no pass of their own.
         run = coalitions[:, 0::2] if paired else coalitions
-        features = self._removed_features(images, run, paired=paired)
+        features = self.weigh(*self.removed_tokens(images, run, paired=paired))
         present = rearrange(run, "b s n -> (b s) 1 n")
         if paired:
             present = torch.cat((present, ~present), dim=1)
         means = present_means(features, present)
         return rearrange(means, "(b s) parts d -> b (s parts) d", b=images.shape[0])
 
-    def _encoded(self, images: Images) -> tuple[EncodedTokens, TokenSequence, int]:
+    def whole_tokens(self, images: Images) -> tuple[EncodedTokens, TokenSequence, int]:
+        """All tokens of the whole image, what entered the blocks, and how many are prefix."""
         sequence = self.embed(images)
         tokens, positions, num_prefix = self._assemble(sequence, copies=1)
         mask = None
@@ -160,9 +161,15 @@ class TokenBackbone(Backbone):
             mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
         return self.encode(tokens, positions, mask), sequence, num_prefix
 
-    def _removed_features(
+    def removed_tokens(
         self, images: Images, coalitions: Coalitions, *, paired: bool
-    ) -> Float[Tensor, "items patches features"]:
+    ) -> tuple[EncodedTokens, Part, int]:
+        """All tokens of each coalition, [B * S, ...], their part, and how many are prefix.
+
+        Absent patches were removed before block 1; their own tokens, which are there all the same,
+        mean nothing unless `paired`, when they form the other part. A prefix that patches can see
+        then comes twice, that of the coalition first.
+        """
         sequence = self.embed_present(images, coalitions, paired=paired)
         present = rearrange(coalitions, "b s n -> (b s) n")
         keep = self.prefix_tokens == "keep"
@@ -174,7 +181,11 @@ class TokenBackbone(Backbone):
         # A second copy of the prefix belongs to the complement.
         prefixes = [prefix, ~prefix] if num_prefix > one_copy else [prefix]
         part = torch.cat((*prefixes, present), dim=1)
-        return self.weigh(self.encode(tokens, positions, mask), part, num_prefix)
+        return self.encode(tokens, positions, mask), part, num_prefix
+
+    def prefix_scores(self, prefix: EncodedTokens) -> Float[Tensor, "items classes"]:
+        """Logits of a head that reads the prefix tokens alone: by default the first of them."""
+        return self.class_scores(prefix[:, 0])
 
     def _assemble(
         self, sequence: TokenSequence, copies: int

@@ -13,6 +13,9 @@ from shapwrap.explainers.integrated_gradients import IntegratedGradients
 from shapwrap.explainers.random_map import RandomMap
 from shapwrap.explainers.self_explaining import SelfExplaining
 from shapwrap.explainers.token_tm import TokenTM, UnverifiedFormulaWarning
+from shapwrap.explainers.trained.config import FastSHAPConfig, ViTShapleyConfig
+from shapwrap.explainers.trained.fastshap import FastSHAP
+from shapwrap.explainers.trained.vit_shapley import ViTShapley
 
 __all__ = [
     "GAME",
@@ -23,6 +26,8 @@ __all__ = [
     "Attribution",
     "ExplainedModel",
     "Explainer",
+    "FastSHAP",
+    "FastSHAPConfig",
     "GradCAM",
     "InputXGradient",
     "IntegratedGradients",
@@ -30,4 +35,6 @@ __all__ = [
     "SelfExplaining",
     "TokenTM",
     "UnverifiedFormulaWarning",
+    "ViTShapley",
+    "ViTShapleyConfig",
 ]

@@ -11,8 +11,8 @@ Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """Settings of a `Trainer`; the defaults fine-tune a pretrained backbone.
+class LoopConfig:
+    """Settings that every training loop has, of wrapped and of plain models.
 
     Raises:
         ArgumentError: A value outside its range.
@@ -27,19 +27,8 @@ class TrainerConfig:
     steps_per_epoch: int | None = None
     """Batches in an epoch, for data without a length; the schedules need it."""
 
-    shapley_weight: float = 100.0
-    """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2."""
-    shapley_ramp: float = 0.6
-    """Share of the steps over which lambda grows linearly from 0."""
-    masked_cross_entropy: float = 1.0
-    """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
-    num_coalitions: int = 2
-    """Coalitions an image and step, in complement pairs."""
-    distribution: Distribution = "shapley"
-    """Of coalition sizes."""
     label_smoothing: float = 0.0
     """Of the cross-entropy on clean images."""
-
     learning_rate: float = 1e-4
     """Peak learning rate of the backbone."""
     head_multiplier: float = 10.0
@@ -59,8 +48,6 @@ class TrainerConfig:
 
     seed: int = 0
     """Of coalitions, data order and dropout."""
-    validation_coalitions: int = 2
-    """Coalitions an image for skill, in complement pairs, the same ones each time."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     checkpoint_every: int | None = None
@@ -82,33 +69,13 @@ class TrainerConfig:
                 raise ArgumentError(
                     f"{name} is {getattr(self, name)}; expected at least 1, or None."
                 )
-        for name in ("num_coalitions", "validation_coalitions"):
-            if getattr(self, name) < 2 or getattr(self, name) % 2:
-                raise ArgumentError(
-                    f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
-                    "coalitions come with their complements."
-                )
-        for name in (
-            "shapley_weight",
-            "masked_cross_entropy",
-            "weight_decay",
-            "learning_rate",
-            "head_multiplier",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        for name, kind in (("precision", Precision), ("distribution", Distribution)):
-            if getattr(self, name) not in get_args(kind):
-                raise ArgumentError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}."
-                )
+        self._check_not_negative("weight_decay", "learning_rate", "head_multiplier")
+        self._check_choices(precision=Precision)
         if self.gradient_clip is not None and self.gradient_clip <= 0:
             raise ArgumentError(
                 f"gradient_clip is {self.gradient_clip}; expected more than 0, or None."
             )
-        for name in ("shapley_ramp", "warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 to 1.")
+        self._check_shares("warmup", "label_smoothing")
 
     def what_training_depends_on(self) -> dict[str, Any]:
         """All settings but those that only decide what is written, shown or stopped when."""
@@ -121,3 +88,55 @@ class TrainerConfig:
             "validation_coalitions",
         }
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+    def _check_not_negative(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) >= 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+
+    def _check_choices(self, **kinds: Any) -> None:
+        for name, kind in kinds.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}."
+                )
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; expected 0 to 1.")
+
+
+@dataclass(frozen=True)
+class TrainerConfig(LoopConfig):
+    """Settings of a `Trainer`; the defaults fine-tune a pretrained backbone.
+
+    Raises:
+        ArgumentError: A value outside its range.
+    """
+
+    shapley_weight: float = 100.0
+    """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2."""
+    shapley_ramp: float = 0.6
+    """Share of the steps over which lambda grows linearly from 0."""
+    masked_cross_entropy: float = 1.0
+    """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
+    num_coalitions: int = 2
+    """Coalitions an image and step, in complement pairs."""
+    distribution: Distribution = "shapley"
+    """Of coalition sizes."""
+    validation_coalitions: int = 2
+    """Coalitions an image for skill, in complement pairs, the same ones each time."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("num_coalitions", "validation_coalitions"):
+            if getattr(self, name) < 2 or getattr(self, name) % 2:
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
+                    "coalitions come with their complements."
+                )
+        self._check_not_negative("shapley_weight", "masked_cross_entropy")
+        self._check_choices(distribution=Distribution)
+        self._check_shares("shapley_ramp")

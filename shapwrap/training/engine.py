@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shapwrap.errors import TrainingError
-from shapwrap.training.config import TrainerConfig
+from shapwrap.training.config import LoopConfig
 from shapwrap.training.position import loader_generators
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def make_accelerator(config: TrainerConfig) -> Accelerator:
+def make_accelerator(config: LoopConfig) -> Accelerator:
     """An accelerator for this configuration.
 
     Raises:
@@ -78,7 +78,7 @@ def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> It
     return data
 
 
-def autocast(accelerator: Accelerator, config: TrainerConfig) -> AbstractContextManager[Any]:
+def autocast(accelerator: Accelerator, config: LoopConfig) -> AbstractContextManager[Any]:
     """The precision of the encoder."""
     half = HALF.get(config.precision)
     if half is None:
@@ -86,7 +86,7 @@ def autocast(accelerator: Accelerator, config: TrainerConfig) -> AbstractContext
     return torch.autocast(accelerator.device.type, dtype=half)
 
 
-def batches_per_epoch(data: Iterable[Any], config: TrainerConfig) -> int:
+def batches_per_epoch(data: Iterable[Any], config: LoopConfig) -> int:
     """Batches of one process in one epoch.
 
     Raises:
@@ -99,7 +99,7 @@ def batches_per_epoch(data: Iterable[Any], config: TrainerConfig) -> int:
     except TypeError as error:
         raise TrainingError(
             f"the training data ({type(data).__name__}) has no length, which the schedules need; "
-            "set TrainerConfig(steps_per_epoch=...)."
+            "set steps_per_epoch in the configuration."
         ) from error
     if length == 0:
         raise TrainingError("the training data is empty; expected (images, labels) pairs.")

@@ -2,12 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from shapwrap.errors import TrainingError
-from shapwrap.training.objective import Terms
-
-NAMES = ("loss", "task_loss", "shapley_loss", "masked_task_loss")
 
 
 class LossWindow:
@@ -16,10 +14,12 @@ class LossWindow:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
+        self._names: tuple[str, ...] = ()
 
-    def add(self, terms: Terms) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         """Count one batch in."""
-        values = terms.detached()
+        self._names = tuple(terms)
+        values = torch.stack(tuple(terms.values())).detach()
         self._sum = values if self._sum is None else self._sum + values
         self._count += 1
 
@@ -33,7 +33,7 @@ class LossWindow:
             return {}
         means: list[float] = (self._sum / self._count).tolist()
         self._sum, self._count = None, 0
-        found: dict[str, float] = dict(zip(NAMES, means, strict=True))
+        found: dict[str, float] = dict(zip(self._names, means, strict=True))
         if not all(map(math.isfinite, means)):
             raise TrainingError(
                 f"the loss is not finite at or just before step {step}: {found}; expected finite "

@@ -26,9 +26,14 @@ class Terms:
     shapley: Float[Tensor, ""]
     masked_task: Float[Tensor, ""]
 
-    def detached(self) -> Float[Tensor, " terms"]:
-        """All terms, on their device, without gradients: total, task, shapley, masked task."""
-        return torch.stack((self.total, self.task, self.shapley, self.masked_task)).detach()
+    def named(self) -> dict[str, Float[Tensor, ""]]:
+        """All terms, as a training record names them."""
+        return {
+            "loss": self.total,
+            "task_loss": self.task,
+            "shapley_loss": self.shapley,
+            "masked_task_loss": self.masked_task,
+        }
 
 
 class Objective:
@@ -82,10 +87,19 @@ class Objective:
     def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
         if self._task_loss is not None:
             return self._task_loss(logits, targets)
-        try:
-            return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        except IndexError as error:
-            raise TrainingError(
-                f"labels do not fit the {logits.shape[1]} classes of the model ({error}); expected "
-                f"0 to {logits.shape[1] - 1}. Wrap with num_classes= for another number."
-            ) from error
+        return cross_entropy(logits, targets, label_smoothing)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross-entropy.
+
+    Raises:
+        TrainingError: Labels that the model has no class for.
+    """
+    try:
+        return functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    except IndexError as error:
+        raise TrainingError(
+            f"labels do not fit the {logits.shape[1]} classes of the model ({error}); expected "
+            f"0 to {logits.shape[1] - 1}. Wrap with num_classes= for another number."
+        ) from error

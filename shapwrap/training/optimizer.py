@@ -1,35 +1,47 @@
 """AdamW with weight-decay groups and a faster head; warm-up and cosine."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.optim._param_groups import param_groups_weight_decay
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from shapwrap.errors import TrainingError
-from shapwrap.training.config import TrainerConfig
-from shapwrap.wrapper import ShapleyWrapper
+from shapwrap.training.config import LoopConfig
 
 
-def parameter_groups(wrapped: ShapleyWrapper, config: TrainerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, config: LoopConfig, head: Iterable[nn.Parameter] | None = None
+) -> list[dict[str, Any]]:
     """Groups for an optimizer: with and without weight decay, backbone and head.
+
+    Args:
+        module: A model, or one that holds a model as `model`.
+        config: Rates and decay.
+        head: Parameters of the head; by default what the module's own `head_parameters()` tells,
+            none where it has no such method.
 
     Raises:
         TrainingError: Every parameter is frozen.
     """
-    excluded: Any = getattr(wrapped.model, "no_weight_decay", None)
-    listed: Any = excluded() if callable(excluded) else ()
-    names = {f"model.{name}" for name in listed}
+    names: set[str] = set()
+    for prefix, part in (("", module), ("model.", getattr(module, "model", None))):
+        excluded: Any = getattr(part, "no_weight_decay", None)
+        listed: Any = excluded() if callable(excluded) else ()
+        names |= {f"{prefix}{name}" for name in listed}
     # Tokens and positions, [1, T, D], are no weights, whether or not the model lists them.
-    names |= {n for n, p in wrapped.named_parameters() if p.ndim == 3 and p.shape[0] == 1}
-    head = {id(parameter) for parameter in wrapped.head_parameters()}
+    names |= {n for n, p in module.named_parameters() if p.ndim == 3 and p.shape[0] == 1}
+    told: Any = getattr(module, "head_parameters", tuple)
+    head_ids = {id(parameter) for parameter in (told() if head is None else head)}
     groups: list[dict[str, Any]] = []
     decay_groups: Any = param_groups_weight_decay(
-        wrapped, config.weight_decay, no_weight_decay_list=names
+        module, config.weight_decay, no_weight_decay_list=names
     )
     for group in decay_groups:
         for of_head in (False, True):
-            parameters = [p for p in group["params"] if (id(p) in head) == of_head]
+            parameters = [p for p in group["params"] if (id(p) in head_ids) == of_head]
             rate = config.learning_rate * (config.head_multiplier if of_head else 1.0)
             if parameters:
                 groups.append({**group, "params": parameters, "lr": rate})
@@ -40,12 +52,14 @@ def parameter_groups(wrapped: ShapleyWrapper, config: TrainerConfig) -> list[dic
     return groups
 
 
-def make_optimizer(wrapped: ShapleyWrapper, config: TrainerConfig) -> Optimizer:
-    """AdamW over the trainable parameters."""
-    return AdamW(parameter_groups(wrapped, config), lr=config.learning_rate)
+def make_optimizer(
+    module: nn.Module, config: LoopConfig, head: Iterable[nn.Parameter] | None = None
+) -> Optimizer:
+    """AdamW over the trainable parameters; see `parameter_groups`."""
+    return AdamW(parameter_groups(module, config, head), lr=config.learning_rate)
 
 
-def make_scheduler(optimizer: Optimizer, config: TrainerConfig, steps: int) -> LRScheduler:
+def make_scheduler(optimizer: Optimizer, config: LoopConfig, steps: int) -> LRScheduler:
     """Linear warm-up, then a cosine to 0, over `steps` optimizer steps."""
     warmup = min(round(config.warmup * steps), steps - 1)
     cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup))

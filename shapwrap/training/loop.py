@@ -1,0 +1,292 @@
+"""The training loop, on accelerate: one process or many, CPU or GPU, without change."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from shapwrap.errors import TrainingError
+from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
+from shapwrap.training import checkpoint, engine
+from shapwrap.training.config import LoopConfig
+from shapwrap.training.history import History
+from shapwrap.training.loss_window import LossWindow
+from shapwrap.training.optimizer import make_optimizer, make_scheduler
+from shapwrap.training.position import Position
+from shapwrap.training.random_stream import RandomStream, global_states_kept
+
+
+class Loop(ABC):
+    """Epochs, steps, checkpoints and history; a subclass says what a step minimises.
+
+    Args:
+        module: What is trained, in place. It is called once a step, as several processes need it.
+        train_data: Any iterable of batches that can be iterated once an epoch: a DataLoader, a
+            list of batches. Several processes need a DataLoader, which is split.
+        config: Settings.
+        head: Parameters that learn faster, by `head_multiplier`; by default what the module's own
+            `head_parameters()` tells.
+        accelerator: One of your own, for trackers or plugins; made from `config` by default.
+
+    Raises:
+        TrainingError: The data is not iterable, or has no length and `steps_per_epoch` is unset.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        train_data: Iterable[Any],
+        *,
+        config: LoopConfig,
+        head: Iterable[nn.Parameter] | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        self._settings = config
+        self.accelerator = accelerator or engine.make_accelerator(config)
+        self._directory = Path(config.output_dir) if config.output_dir else None
+        self.history = History(self._directory if self.accelerator.is_main_process else None)
+        self._train_data = self._prepare_data(train_data)
+        self._batches = engine.batches_per_epoch(self._train_data, config)
+        steps = config.epochs * math.ceil(self._batches / config.accumulation)
+        self.total_steps = min(steps, config.max_steps or steps)
+        optimizer = make_optimizer(module, config, head)
+        scheduler = make_scheduler(optimizer, config, self.total_steps)
+        self.model = engine.prepare_model(self.accelerator, module)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = self.accelerator.prepare_scheduler(scheduler)
+        self._started = False
+
+    # --- what a subclass says -----------------------------------------------------------------
+
+    @abstractmethod
+    def _terms(self, batch: Any, position: Position) -> dict[str, Tensor]:
+        """Named scalars of one batch; "loss" is what is minimised."""
+
+    @abstractmethod
+    def _unpack(self, batch: Any) -> Any:
+        """One batch, checked, on the device.
+
+        Raises:
+            TrainingError: It is none.
+        """
+
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics of the validation data; None if there is none."""
+        return None
+
+    def _state_of_loss(self, position: Position) -> dict[str, float]:
+        """What else goes into a training record."""
+        return {}
+
+    def _frozen(self) -> list[nn.Module]:
+        """Layers that stay in eval mode."""
+        return batch_norms(self.model) if self._settings.freeze_batch_norm else []
+
+    # --- what a user calls --------------------------------------------------------------------
+
+    def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
+        """Trains; returns the history, one record a validation or `log_every` steps.
+
+        Records of kind "train" hold step, epoch, learning_rate and the means of the losses since
+        the last one; those of kind "validation" the metrics.
+
+        Args:
+            resume: Go on from the newest checkpoint in `output_dir`. On a CPU the result is bit
+                for bit that of a run that never stopped.
+
+        Raises:
+            TrainingError: A loss is not finite, an epoch is shorter than announced, there is
+                nothing to resume, or a new run would mix with an earlier one.
+        """
+        if self._started and not resume:
+            raise TrainingError(
+                f"this {type(self).__name__} has trained: its optimizer and schedule are used up. "
+                f"Make a new {type(self).__name__}, or go on with fit(resume=True)."
+            )
+        device = self.accelerator.device
+        modes = {module: module.training for module in self.model.modules()}
+        with global_states_kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                self._fit(resume)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
+        return self.history.records
+
+    # --- one run, one epoch, one step ---------------------------------------------------------
+
+    def _fit(self, resume: bool) -> None:
+        seed = self._settings.seed + 1000 * self.accelerator.process_index
+        plan = {
+            "total_steps": self.total_steps,
+            "batches_per_epoch": self._batches,
+            **self._settings.what_training_depends_on(),
+        }
+        position = Position(
+            torch.Generator().manual_seed(seed),
+            RandomStream(self._settings.seed),
+            self._train_data,
+            plan,
+        )
+        set_seed(seed)
+        if resume:
+            if self._directory is None:
+                raise TrainingError("resume=True needs config.output_dir, where checkpoints lie.")
+            checkpoint.load(self.accelerator, self._directory, position)
+        elif self._directory is not None:
+            checkpoint.check_unused(self._directory)
+        self._started = True
+        self.history.start(keep=position.records)
+        self.model.train()
+        with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
+            while position.step < self.total_steps:
+                self._run_epoch(position, bar)
+
+    def _run_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
+        skip = position.batch
+        position.start_epoch()
+        window = LossWindow()
+        seen = 0
+        for batch in self._epoch_batches(position):
+            seen += 1
+            if seen <= skip:
+                # Loaded and dropped: the data's random stream must pass through these draws.
+                continue
+            update = seen % self._settings.accumulation == 0 or seen == self._batches
+            window.add(self._step(batch, position, update=update))
+            position.batch = seen
+            if update:
+                position.step += 1
+                self._after_step(position, window, bar)
+            if position.step >= self.total_steps:
+                break
+        if seen < self._batches and position.step < self.total_steps:
+            raise TrainingError(
+                f"epoch {position.epoch + 1} of the training data has {seen} batches, expected "
+                f"{self._batches}; it must be iterable once an epoch, not a used-up generator, "
+                "and not shorter than steps_per_epoch."
+            )
+        window.check(position.step)
+        position.epoch += 1
+        position.batch = 0
+        position.start_epoch()
+        self._after_epoch(position, bar)
+
+    def _step(self, batch: Any, position: Position, *, update: bool) -> dict[str, Tensor]:
+        synchronise = nullcontext() if update else self.accelerator.no_sync(self.model)
+        with synchronise:
+            terms = self._terms(batch, position)
+            # backward divides by the accelerator's own setting, which may not be ours.
+            divided_later = self.accelerator.gradient_accumulation_steps
+            share = divided_later / self._window_length(position)
+            self.accelerator.backward(terms["loss"] * share)
+        if update:
+            clip = self._settings.gradient_clip
+            if clip is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        return terms
+
+    def _window_length(self, position: Position) -> int:
+        """Batches of the optimizer step that this batch belongs to; the last may have fewer."""
+        accumulation = self._settings.accumulation
+        start = position.batch // accumulation * accumulation
+        return min(accumulation, self._batches - start)
+
+    # --- after a step, after an epoch ---------------------------------------------------------
+
+    def _after_step(self, position: Position, window: LossWindow, bar: "tqdm[Any]") -> None:
+        bar.update()
+        if position.step % self._settings.log_every == 0:
+            means = window.check(position.step)
+            bar.set_description(f"epoch {position.epoch + 1} loss {means['loss']:.3f}")
+            self.history.add(
+                kind="train",
+                step=position.step,
+                epoch=position.epoch + 1,
+                learning_rate=self.scheduler.get_last_lr()[0],
+                **self._state_of_loss(position),
+                **means,
+            )
+        every = self._settings.checkpoint_every
+        # The last step is saved after its validation.
+        if every is not None and position.step % every == 0 and position.step < self.total_steps:
+            window.check(position.step)
+            self._save(position)
+
+    def _after_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
+        done = position.step >= self.total_steps
+        if done or position.epoch % self._settings.validate_every == 0:
+            metrics = self._validate()
+            if metrics is not None:
+                shown = {k: f"{metrics[k]:.3f}" for k in ("accuracy", "skill") if k in metrics}
+                bar.set_postfix(shown)
+                self.history.add(
+                    kind="validation", step=position.step, epoch=position.epoch, **metrics
+                )
+        if self._settings.checkpoint_every is None or done:
+            self._save(position)
+
+    def _save(self, position: Position) -> None:
+        if self._directory is not None:
+            position.records = len(self.history.records)
+            keep = self._settings.keep_checkpoints
+            checkpoint.save(self.accelerator, self._directory, position, keep)
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def _epoch_batches(self, position: Position) -> Iterator[Any]:
+        batches = self._on_device(self._train_data)
+        for _ in range(self._batches):
+            with position.data.active():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+        # Past the last batch too: accelerate's loader tidies up when it ends.
+        with position.data.active():
+            next(batches, None)
+
+    def _on_device(self, data: Iterable[Any]) -> Iterator[Any]:
+        for batch in data:
+            yield self._unpack(batch)
+
+    def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device.
+
+        Raises:
+            TrainingError: Something else.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TrainingError(
+                f"a batch is {type(batch).__name__}; expected a pair (images, labels)."
+            )
+        images, targets = self._moved(batch)
+        if not isinstance(targets, Tensor):
+            raise TrainingError(
+                f"labels are {type(targets).__name__}; expected a tensor, one label an image."
+            )
+        return images, targets
+
+    def _moved(self, batch: Any) -> Any:
+        """The same batch on the device."""
+        return send_to_device(batch, self.accelerator.device)
+
+    def _prepare_data(self, data: Iterable[Any]) -> Iterable[Any]:
+        return engine.prepare_data(self.accelerator, data, self._settings.seed)
+
+    def _progress_bar(self, position: Position) -> "tqdm[Any]":
+        hidden = None if self._settings.progress is None else not self._settings.progress
+        if not self.accelerator.is_main_process:
+            hidden = True
+        return tqdm(total=self.total_steps, initial=position.step, disable=hidden, unit="step")
