@@ -13,7 +13,7 @@ Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One call of a torch function that read something computed from the images."""
 

@@ -1,0 +1,548 @@
+"""Transformer attribution equals a slow reference, for every library's layout of the same ViT."""
+
+import copy
+import gc
+
+import numpy as np
+import pytest
+import timm.models.swin_transformer
+import timm.models.vision_transformer
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from shapwrap import ShapleyWrapper
+from shapwrap.errors import ArgumentError, ShapwrapError, UnsupportedBackboneError
+from shapwrap.explainers import CheferLRP
+from shapwrap.explainers.relevance import Tape, fused, propagation
+from shapwrap.explainers.relevance.rules import relevance_of_inputs
+from tests.backbones import NUM_CLASSES, build, make_case
+from tests.transformer_attribution import ReferenceVit
+
+
+def random_images(size, batch=2, dtype=torch.float64):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def relative(one, other):
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def vit(**options):
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=12,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=NUM_CLASSES,
+        **options,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+# --- against the reference -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit-class-token", "vit-average"])
+@pytest.mark.parametrize("start_layer", [0, 1])
+def test_equals_the_reference(kind, start_layer):
+    model, size = build(kind, (2, 3))
+    images = random_images(size)
+    target = torch.tensor([1, 3])
+    explanation = CheferLRP(model.double(), start_layer=start_layer)(images, target)
+    reference = ReferenceVit(model)
+    expected = [
+        reference.attribution(image.numpy(), int(c), start_layer)
+        for image, c in zip(images, target, strict=True)
+    ]
+    assert explanation.grid == (2, 3)
+    assert explanation.method == "chefer-lrp"
+    assert relative(explanation.values, torch.tensor(np.stack(expected))) < 1e-5
+
+
+def test_relevance_at_attention_equals_the_reference(monkeypatch):
+    model, size = build("vit-class-token", (2, 3))
+    image = random_images(size, batch=1)
+    found = []
+    from shapwrap.explainers import chefer_lrp
+
+    original = chefer_lrp.relevance_of_attention
+    monkeypatch.setattr(
+        chefer_lrp,
+        "relevance_of_attention",
+        lambda *given: found.append(original(*given)) or found[-1],
+    )
+    CheferLRP(model.double())(image, 2)
+    reference = ReferenceVit(model)
+    expected = reference.relevance(reference.embed(image[0].numpy()), 2)
+    for ours, theirs in zip(found[0], expected, strict=True):
+        assert relative(ours[0], torch.from_numpy(theirs)) < 1e-5
+
+
+def test_float32_is_close_to_float64():
+    model, size = build("vit-class-token", (2, 3))
+    images = random_images(size)
+    single = CheferLRP(model)(images.float(), 0).values
+    assert single.dtype == torch.float32
+    assert relative(single.double(), CheferLRP(model.double())(images, 0).values) < 1e-3
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_linear_rule_by_loops(batch, wide, narrow, seed, as_product):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, wide, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(narrow, wide, generator=generator, dtype=torch.float64)
+    arriving = torch.randn(batch, narrow, generator=generator, dtype=torch.float64)
+    tape = Tape(x)
+    with tape:
+        x @ weight.T if as_product else functional.linear(x, weight, torch.ones(narrow).double())
+    with torch.no_grad():
+        (ours,) = relevance_of_inputs(tape.operations[-1], [arriving], batch)
+    x = x.detach()
+    for b in range(batch):
+        for i in range(wide):
+            expected = 0.0
+            for j in range(narrow):
+                same = [(float(x[b, n]), float(weight[j, n])) for n in range(wide)]
+                kept = [max(v, 0) * max(w, 0) + min(v, 0) * min(w, 0) for v, w in same]
+                if sum(kept):
+                    expected += kept[i] / sum(kept) * float(arriving[b, j])
+            assert abs(float(ours[b, i]) - expected) < 1e-6
+
+
+KINDS = ["vit-registers", "eva-class-token", "beit-class-token", "relpos-average", "qwen-average"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "vit-average-map"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_every_rule_conserves_the_relevance_of_each_image(kind, wrapped, monkeypatch):
+    case = make_case(kind, (2, 3), batch=2, dtype=torch.float64)
+    names = set()
+
+    def checked(operation, relevance, batch):
+        assert batch == 2
+        # Of one sign, so that its sum is no small difference.
+        arriving = [None if r is None else torch.rand_like(r) for r in relevance]
+        passed = [r for r in relevance_of_inputs(operation, arriving, batch) if r is not None]
+        arriving = [r for r in arriving if r is not None]
+        total = sum(float(r.sum()) for r in arriving)
+        assert sum(float(r.sum()) for r in passed) == pytest.approx(total, rel=1e-5)
+        if operation.name == "add":
+            for image in range(2):
+                total = float(arriving[0][image].sum())
+                assert sum(float(r[image].sum()) for r in passed) == pytest.approx(total, rel=1e-5)
+        names.add(operation.name)
+        return relevance_of_inputs(operation, relevance, batch)
+
+    monkeypatch.setattr(propagation, "relevance_of_inputs", checked)
+    explainer = CheferLRP(case.wrapped if wrapped else case.wrapped.model)
+    if wrapped and kind == "vit-average-map":
+        with pytest.raises(UnsupportedBackboneError, match="softmax"):
+            explainer(case.images)
+        return
+    explainer(case.images)
+    assert {"linear", "matmul", "add", "layer_norm", "softmax", "reshape"} <= names
+
+
+# --- layouts ---------------------------------------------------------------------------------
+
+
+def as_torchvision(model):
+    other = torchvision.models.VisionTransformer(
+        image_size=12,
+        patch_size=4,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=24,
+        mlp_dim=48,
+        num_classes=NUM_CLASSES,
+    )
+    pairs = {"conv_proj": "patch_embed.proj", "encoder.ln": "norm", "heads.head": "head"}
+    for block in range(2):
+        ours, theirs = f"encoder.layers.encoder_layer_{block}.", f"blocks.{block}."
+        pairs |= {
+            ours + "ln_1": theirs + "norm1",
+            ours + "ln_2": theirs + "norm2",
+            ours + "self_attention.out_proj": theirs + "attn.proj",
+            ours + "mlp.0": theirs + "mlp.fc1",
+            ours + "mlp.3": theirs + "mlp.fc2",
+        }
+    state = model.state_dict()
+    given = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS}
+    for block in range(2):
+        for part in PARTS:
+            name = f"encoder.layers.encoder_layer_{block}.self_attention.in_proj_{part}"
+            given[name] = state[f"blocks.{block}.attn.qkv.{part}"]
+    given |= {"class_token": state["cls_token"], "encoder.pos_embedding": state["pos_embed"]}
+    other.load_state_dict(given)
+    return other.eval()
+
+
+PARTS = ("weight", "bias")
+
+
+def test_torchvision_gives_the_same():
+    model = vit().double()
+    other = as_torchvision(model).double()
+    images = random_images((12, 12), batch=3)
+    expected, ours = CheferLRP(model)(images), CheferLRP(other)(images)
+    assert torch.allclose(ours.logits, expected.logits)
+    assert relative(ours.values, expected.values) < 1e-6
+    wrapped = [CheferLRP(ShapleyWrapper(m, image_size=(12, 12)))(images) for m in (model, other)]
+    assert relative(wrapped[1].values, wrapped[0].values) < 1e-6
+
+
+def test_open_clip_gives_the_same():
+    open_clip = pytest.importorskip("open_clip")
+    model = vit(pre_norm=True).double()
+    tower = open_clip.transformer.VisionTransformer(
+        image_size=12,
+        patch_size=4,
+        width=24,
+        layers=2,
+        heads=3,
+        mlp_ratio=2,
+        output_dim=NUM_CLASSES,
+    ).double()
+    for layer in tower.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 1e-6
+    state = model.state_dict()
+    pairs = {"ln_pre": "norm_pre", "ln_post": "norm"}
+    for block in range(2):
+        ours, theirs = f"transformer.resblocks.{block}.", f"blocks.{block}."
+        pairs |= {
+            ours + "ln_1": theirs + "norm1",
+            ours + "ln_2": theirs + "norm2",
+            ours + "attn.out_proj": theirs + "attn.proj",
+            ours + "mlp.c_fc": theirs + "mlp.fc1",
+            ours + "mlp.c_proj": theirs + "mlp.fc2",
+        }
+    given = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS}
+    for block in range(2):
+        for part in PARTS:
+            name = f"transformer.resblocks.{block}.attn.in_proj_{part}"
+            given[name] = state[f"blocks.{block}.attn.qkv.{part}"]
+    given |= {
+        "class_embedding": state["cls_token"][0, 0],
+        "positional_embedding": state["pos_embed"][0],
+        "conv1.weight": state["patch_embed.proj.weight"],
+        "proj": state["head.weight"].T,
+    }
+    tower.load_state_dict(given)
+    images = random_images((12, 12), batch=3)
+    target = torch.tensor([0, 4, 2])
+    expected = CheferLRP(model)(images, target).values
+    ours = CheferLRP(tower.eval(), grid=(3, 3))(images, target).values
+    assert relative(ours, expected) < 1e-6
+
+
+def test_tower_with_a_new_head():
+    open_clip = pytest.importorskip("open_clip")
+    tower = open_clip.transformer.VisionTransformer(
+        image_size=(12, 16), patch_size=4, width=24, layers=2, heads=3, mlp_ratio=2, output_dim=20
+    )
+    wrapped = ShapleyWrapper(tower, head=nn.Linear(20, NUM_CLASSES), image_size=(12, 16))
+    explanation = CheferLRP(wrapped)(random_images((12, 16), dtype=torch.float32))
+    assert explanation.values.shape == (2, 12)
+    assert (explanation.values > 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("kind", ["vit-average", "relpos-average", "qwen-average"])
+def test_wrapped_equals_plain_where_the_forward_pass_is_the_same(kind):
+    case = make_case(kind, (2, 3), dtype=torch.float64)
+    wrapped, plain = CheferLRP(case.wrapped), CheferLRP(case.wrapped.model)
+    assert relative(wrapped(case.images).values, plain(case.images).values) < 1e-6
+
+
+def test_fused_and_single_steps_are_the_same():
+    model = vit().double()
+    images = random_images((12, 12))
+    fused_values = CheferLRP(model)(images).values
+    for block in model.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    assert relative(CheferLRP(model)(images).values, fused_values) < 1e-6
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "float"])
+def test_unfused_attention_equals_torch(mask):
+    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)
+    given = torch.rand(2, 1, 5, 5) > 0.3
+    given[..., 0] = True
+    masks = {None: None, "bool": given, "float": torch.randn(5, 5).double()}
+    torch.testing.assert_close(
+        fused.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
+        functional.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
+    )
+    causal = {"is_causal": True}
+    torch.testing.assert_close(
+        fused.scaled_dot_product_attention(q, k, v, **causal),
+        functional.scaled_dot_product_attention(q, k, v, **causal),
+    )
+    layer = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
+    tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+    forbidden = {None: None, "bool": ~given[0, 0], "float": masks["float"]}[mask]
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    options = {"attn_mask": forbidden, "key_padding_mask": padding if mask == "bool" else None}
+    for others in ((tokens, tokens), (tokens.flip(1), tokens.flip(1)), (tokens.flip(0), tokens)):
+        recorded = tokens.clone().requires_grad_()
+        expected = layer(tokens, *others, **options)
+        others = tuple(recorded if other is tokens else other for other in others)
+        with Tape(recorded) as tape:
+            ours = layer(recorded, *others, **options)
+        assert any(operation.name == "softmax" for operation in tape.operations)
+        torch.testing.assert_close(ours, expected)
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit-class-token", "eva-average", "torchvision-vit"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batch_equals_loop(kind, wrapped):
+    case = make_case(kind, (2, 3), batch=5, dtype=torch.float64)
+    model = case.wrapped if wrapped else case.wrapped.model
+    target = torch.tensor([0, 1, 2, 3, 4])
+    explainer = CheferLRP(model)
+    together = explainer(case.images, target).values
+    alone = [explainer(case.images[i : i + 1], i).values for i in range(5)]
+    chunked = CheferLRP(model, chunk_size=2)(case.images, target).values
+    assert relative(together, torch.cat(alone)) < 1e-6
+    assert relative(chunked, together) < 1e-6
+
+
+class TokensFirst(nn.Module):
+    """The same ViT with the axis of images second between its blocks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        model = self.model
+        tokens = model._pos_embed(model.patch_embed(images)).transpose(0, 1)
+        for block in model.blocks:
+            tokens = tokens + block.attn(block.norm1(tokens).transpose(0, 1)).transpose(0, 1)
+            tokens = tokens + block.mlp(block.norm2(tokens))
+        return model.head(model.norm(tokens)[0])
+
+
+@pytest.mark.parametrize("batch", [3, 10])
+def test_tokens_may_come_first_even_as_many_as_images(batch):
+    model = vit().double()
+    images = random_images((12, 12), batch=batch)
+    expected = CheferLRP(model)(images).values
+    ours = CheferLRP(TokensFirst(model), grid=(3, 3))(images).values
+    assert relative(ours, expected) < 1e-6
+
+
+# --- known answer ----------------------------------------------------------------------------
+
+
+class ReadsSome(nn.Module):
+    """A ViT in which nobody can look at some of the patches."""
+
+    def __init__(self, model, readable):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mask", torch.cat((torch.ones(1, dtype=torch.bool), readable)))
+
+    def forward(self, images):
+        mask = self.mask.expand(len(self.mask), -1) | torch.eye(len(self.mask), dtype=torch.bool)
+        return self.model.forward_head(self.model.forward_features(images, attn_mask=mask))
+
+
+def test_patches_that_are_never_read_come_last():
+    readable = torch.tensor([1, 0, 0, 1, 0, 0, 0, 1, 0], dtype=torch.bool)
+    model = ReadsSome(vit(), readable)
+    values = CheferLRP(model, grid=(3, 3))(random_images((12, 12), 6, torch.float32)).values
+    assert (values[:, ~readable] == 0).all()
+    assert (values[:, readable] > 0).all()
+
+
+# --- precision, gradients, state -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    model = vit().to(dtype)
+    images = random_images((12, 12)).to(dtype)
+    values = CheferLRP(model)(images, 1).values
+    assert values.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = CheferLRP(copy.deepcopy(model).float())(images.float(), 1).values
+    assert torch.equal(values, expected)
+
+
+def test_under_autocast():
+    model = vit()
+    images = random_images((12, 12)).float()
+    expected = CheferLRP(model)(images, 1).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(CheferLRP(model)(images, 1).values, expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_may_be_off_and_parameters_frozen(context, frozen):
+    model = vit()
+    images = random_images((12, 12)).float()
+    expected = CheferLRP(model)(images, 1).values
+    model.requires_grad_(not frozen)
+    with context():
+        assert torch.equal(CheferLRP(model)(images, 1).values, expected)
+
+
+def state_of(model):
+    return {
+        "modes": [m.training for m in model.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "fused": [getattr(m, "fused_attn", None) for m in model.modules()],
+        "recomputed": [getattr(m, "grad_checkpointing", None) for m in model.modules()],
+        "trainable": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad for p in model.parameters()],
+        "versions": [p._version for p in model.parameters()],
+        "buffers": [b.clone().tolist() for b in model.buffers()],
+        "random": torch.get_rng_state().tolist(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "grad": torch.is_grad_enabled(),
+        "modules": [type(m) for m in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("other", [vit, lambda: as_torchvision(vit())])
+def test_model_is_left_as_it_was(other):
+    model = other()
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing()
+    model.train()
+    next(model.children()).eval()
+    next(model.parameters()).requires_grad_(False)
+    images = random_images((12, 12)).float().requires_grad_()
+    before = state_of(model)
+    CheferLRP(model)(images)
+    assert state_of(model) == before
+    assert images.grad is None
+    with pytest.raises(ArgumentError, match="2 attentions"):
+        CheferLRP(model, start_layer=2)(images)
+    assert state_of(model) == before
+    with pytest.raises(ShapwrapError):
+        CheferLRP(model, grid=(9, 9))(images)
+    assert state_of(model) == before
+
+
+def test_calls_leave_no_tensors_behind():
+    explainer = CheferLRP(vit())
+    images = random_images((12, 12)).float()
+
+    def alive():
+        gc.collect()
+        # isinstance would wake deprecated objects of torch.
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    explainer(images)
+    before = alive()
+    for _ in range(3):
+        explainer(images)
+    assert alive() == before
+
+
+def test_values_claim_no_sum():
+    explanation = CheferLRP(vit())(random_images((12, 12)).float())
+    assert (explanation.values >= 0).all()
+    assert explanation.efficiency_gap().isnan().all()
+    assert explanation.heatmap().shape == (2, 12, 12)
+
+
+def test_function_with_a_grid():
+    model = vit()
+    images = random_images((12, 12)).float()
+    function = CheferLRP(lambda images: model(images), grid=(3, 3))
+    assert torch.equal(function(images).values, CheferLRP(model)(images).values)
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+def test_windows_are_refused():
+    swin = timm.models.swin_transformer.SwinTransformer(
+        img_size=32, patch_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 2), window_size=4
+    )
+    with pytest.raises(UnsupportedBackboneError, match="windows"):
+        CheferLRP(swin)(random_images((32, 32)).float())
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("resnet", "no attention"),
+        ("cait-class-token", "softmax"),
+        ("convit-class-token", "softmax"),
+        ("deepseek-average-align", "come from the image too"),
+        ("whole-class-token", "pyramid"),
+    ],
+)
+def test_other_models_are_refused(kind, match):
+    model, size = build(kind, (3, 3))
+    with pytest.raises(UnsupportedBackboneError, match=match):
+        CheferLRP(model)(random_images(size).float())
+
+
+class Ending(nn.Module):
+    """A ViT with something between its last block and its head."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.model = vit()
+        self.between = between
+
+    def forward(self, images):
+        return self.model.head(self.between(self.model.forward_features(images)[:, 0]))
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens):
+        return tokens * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+@pytest.mark.parametrize(
+    ("between", "match"),
+    [
+        (lambda tokens: tokens.cumsum(-1), "'cumsum'"),
+        (lambda tokens: tokens.mul_(2), "'mul_'.*in place"),
+        (lambda tokens: torch.add(tokens, tokens.relu(), alpha=2), "'add'"),
+        (lambda tokens: tokens - tokens.relu(), "'sub'"),
+        (Hidden.apply, "expected an eager"),
+        (torch.jit.trace(lambda tokens: tokens * 2, torch.ones(2, 24)), "expected an eager"),
+        (lambda tokens: tokens + Hidden.apply(tokens), "hidden"),
+    ],
+    ids=["cumsum", "in-place", "alpha", "difference", "function", "traced", "partly hidden"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_operations_without_a_rule_are_named(between, match):
+    with pytest.raises(UnsupportedBackboneError, match=match):
+        CheferLRP(Ending(between), grid=(3, 3))(random_images((12, 12)).float())
+
+
+def test_arguments():
+    model = vit()
+    with pytest.raises(ArgumentError, match="start_layer"):
+        CheferLRP(model, start_layer=-1)
+    with pytest.raises(ArgumentError, match="9 x 9"):
+        CheferLRP(model, grid=(9, 9))(random_images((12, 12)).float())
+    with pytest.raises(UnsupportedBackboneError, match="come from the image too"):
+        CheferLRP(model, grid=(2, 2))(random_images((12, 12)).float())
