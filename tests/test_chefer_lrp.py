@@ -27,6 +27,10 @@ def random_images(size, batch=2, dtype=torch.float64):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+GRID = {"grid": (3, 3)}
+"""Of the models of `vit`: theirs, without a search for it."""
+
+
 def relative(one, other):
     return float((one - other).abs().max() / other.abs().max())
 
@@ -92,7 +96,12 @@ def test_float32_is_close_to_float64():
     images = random_images(size)
     single = CheferLRP(model)(images.float(), 0).values
     assert single.dtype == torch.float32
-    assert relative(single.double(), CheferLRP(model.double())(images, 0).values) < 1e-3
+    inside = CheferLRP(model, double=True)(images.float(), 0).values
+    assert inside.dtype == torch.float32
+    assert next(model.parameters()).dtype == torch.float32
+    outside = CheferLRP(model.double())(images.float().double(), 0).values
+    assert relative(single, outside) < 1e-3
+    assert relative(inside, outside) < 1e-6
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.booleans())
@@ -193,7 +202,7 @@ def test_torchvision_gives_the_same():
     model = vit().double()
     other = as_torchvision(model).double()
     images = random_images((12, 12), batch=3)
-    expected, ours = CheferLRP(model)(images), CheferLRP(other)(images)
+    expected, ours = CheferLRP(model, **GRID)(images), CheferLRP(other)(images)
     assert torch.allclose(ours.logits, expected.logits)
     assert relative(ours.values, expected.values) < 1e-6
     wrapped = [CheferLRP(ShapleyWrapper(m, image_size=(12, 12)))(images) for m in (model, other)]
@@ -240,7 +249,7 @@ def test_open_clip_gives_the_same():
     tower.load_state_dict(given)
     images = random_images((12, 12), batch=3)
     target = torch.tensor([0, 4, 2])
-    expected = CheferLRP(model)(images, target).values
+    expected = CheferLRP(model, **GRID)(images, target).values
     ours = CheferLRP(tower.eval(), grid=(3, 3))(images, target).values
     assert relative(ours, expected) < 1e-6
 
@@ -266,10 +275,10 @@ def test_wrapped_equals_plain_where_the_forward_pass_is_the_same(kind):
 def test_fused_and_single_steps_are_the_same():
     model = vit().double()
     images = random_images((12, 12))
-    fused_values = CheferLRP(model)(images).values
+    fused_values = CheferLRP(model, **GRID)(images).values
     for block in model.blocks:
         block.attn.fused_attn = not block.attn.fused_attn
-    assert relative(CheferLRP(model)(images).values, fused_values) < 1e-6
+    assert relative(CheferLRP(model, **GRID)(images).values, fused_values) < 1e-6
 
 
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
@@ -340,7 +349,7 @@ class TokensFirst(nn.Module):
 def test_tokens_may_come_first_even_as_many_as_images(batch):
     model = vit().double()
     images = random_images((12, 12), batch=batch)
-    expected = CheferLRP(model)(images).values
+    expected = CheferLRP(model, **GRID)(images).values
     ours = CheferLRP(TokensFirst(model), grid=(3, 3))(images).values
     assert relative(ours, expected) < 1e-6
 
@@ -376,19 +385,19 @@ def test_patches_that_are_never_read_come_last():
 def test_half_precision_is_computed_in_float32(dtype):
     model = vit().to(dtype)
     images = random_images((12, 12)).to(dtype)
-    values = CheferLRP(model)(images, 1).values
+    values = CheferLRP(model, **GRID)(images, 1).values
     assert values.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {dtype}
-    expected = CheferLRP(copy.deepcopy(model).float())(images.float(), 1).values
+    expected = CheferLRP(copy.deepcopy(model).float(), **GRID)(images.float(), 1).values
     assert torch.equal(values, expected)
 
 
 def test_under_autocast():
     model = vit()
     images = random_images((12, 12)).float()
-    expected = CheferLRP(model)(images, 1).values
+    expected = CheferLRP(model, **GRID)(images, 1).values
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(CheferLRP(model)(images, 1).values, expected)
+        assert torch.equal(CheferLRP(model, **GRID)(images, 1).values, expected)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -396,14 +405,15 @@ def test_under_autocast():
 def test_gradients_may_be_off_and_parameters_frozen(context, frozen):
     model = vit()
     images = random_images((12, 12)).float()
-    expected = CheferLRP(model)(images, 1).values
+    expected = CheferLRP(model, **GRID)(images, 1).values
     model.requires_grad_(not frozen)
     with context():
-        assert torch.equal(CheferLRP(model)(images, 1).values, expected)
+        assert torch.equal(CheferLRP(model, **GRID)(images, 1).values, expected)
 
 
 def state_of(model):
     return {
+        "dtypes": [p.dtype for p in model.parameters()],
         "modes": [m.training for m in model.modules()],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
         "fused": [getattr(m, "fused_attn", None) for m in model.modules()],
@@ -431,9 +441,11 @@ def test_model_is_left_as_it_was(other):
     before = state_of(model)
     CheferLRP(model)(images)
     assert state_of(model) == before
+    CheferLRP(model, double=True, **GRID)(images)
+    assert state_of(model) == before
     assert images.grad is None
     with pytest.raises(ArgumentError, match="2 attentions"):
-        CheferLRP(model, start_layer=2)(images)
+        CheferLRP(model, start_layer=2, **GRID)(images)
     assert state_of(model) == before
     with pytest.raises(ShapwrapError):
         CheferLRP(model, grid=(9, 9))(images)
@@ -441,7 +453,7 @@ def test_model_is_left_as_it_was(other):
 
 
 def test_calls_leave_no_tensors_behind():
-    explainer = CheferLRP(vit())
+    explainer = CheferLRP(vit(), **GRID)
     images = random_images((12, 12)).float()
 
     def alive():
@@ -457,7 +469,7 @@ def test_calls_leave_no_tensors_behind():
 
 
 def test_values_claim_no_sum():
-    explanation = CheferLRP(vit())(random_images((12, 12)).float())
+    explanation = CheferLRP(vit(), **GRID)(random_images((12, 12)).float())
     assert (explanation.values >= 0).all()
     assert explanation.efficiency_gap().isnan().all()
     assert explanation.heatmap().shape == (2, 12, 12)
@@ -467,7 +479,7 @@ def test_function_with_a_grid():
     model = vit()
     images = random_images((12, 12)).float()
     function = CheferLRP(lambda images: model(images), grid=(3, 3))
-    assert torch.equal(function(images).values, CheferLRP(model)(images).values)
+    assert torch.equal(function(images).values, CheferLRP(model, **GRID)(images).values)
 
 
 # --- refusals --------------------------------------------------------------------------------
@@ -542,6 +554,8 @@ def test_arguments():
     model = vit()
     with pytest.raises(ArgumentError, match="start_layer"):
         CheferLRP(model, start_layer=-1)
+    with pytest.raises(ArgumentError, match="double"):
+        CheferLRP(lambda images: model(images), double=True, grid=(3, 3))
     with pytest.raises(ArgumentError, match="9 x 9"):
         CheferLRP(model, grid=(9, 9))(random_images((12, 12)).float())
     with pytest.raises(UnsupportedBackboneError, match="come from the image too"):

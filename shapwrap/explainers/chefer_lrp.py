@@ -38,11 +38,13 @@ class CheferLRP(Explainer):
         model: A module, a wrapped model, or a function with `grid`.
         start_layer: The first block that counts, s. The method's own evaluation scripts skip the
             first block (1).
+        double: Compute in float64, whatever the model's precision: relevance is divided by sums
+            that may be near zero, and in float32 rounding may show in deep models.
         grid: Rows and columns of patches; by default those of the backbone.
         chunk_size: Images that go through the model at a time.
 
     Raises:
-        ArgumentError: A negative `start_layer`.
+        ArgumentError: A negative `start_layer`, or `double` for a function.
 
     References:
         Chefer, Gur & Wolf, Transformer Interpretability Beyond Attention Visualization, CVPR 2021.
@@ -55,13 +57,19 @@ class CheferLRP(Explainer):
         model: Model,
         *,
         start_layer: int = 0,
+        double: bool = False,
         grid: Grid | None = None,
         chunk_size: int = 64,
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         if not isinstance(start_layer, int) or start_layer < 0:
             raise ArgumentError(f"start_layer is {start_layer!r}; expected an int, at least 0.")
+        if double and self.model.module is None:
+            raise ArgumentError(
+                "double=True for a function, whose weights are out of reach; expected an nn.Module."
+            )
         self.start_layer = start_layer
+        self.double = double
 
     def attribute(self, images: Images, target: Int[Tensor, " batch"]) -> Attribution:
         """One forward pass a chunk, and one walk back.
@@ -72,10 +80,10 @@ class CheferLRP(Explainer):
         """
         grid = self.model.grid_of(images)
         module = self.model.module or nn.Identity()
-        precision = compute_dtype(images)
+        precision = torch.float64 if self.double else compute_dtype(images)
         parts = []
         with (
-            in_full_precision(module),
+            in_full_precision(module, double=self.double),
             without_recomputation(module),
             without_autocast(images),
             torch.enable_grad(),
@@ -84,7 +92,7 @@ class CheferLRP(Explainer):
                 images.split(self.chunk_size), target.split(self.chunk_size), strict=True
             ):
                 parts.append(self._of_chunk(chunk.to(precision), classes, grid))
-        return Attribution(torch.cat(parts), grid)
+        return Attribution(torch.cat(parts).to(compute_dtype(images)), grid)
 
     def _of_chunk(
         self, images: Images, target: Int[Tensor, " batch"], grid: Grid
