@@ -539,10 +539,20 @@ class Hidden(torch.autograd.Function):
         (lambda tokens: torch.add(tokens, tokens.relu(), alpha=2), "'add'"),
         (lambda tokens: tokens - tokens.relu(), "'sub'"),
         (Hidden.apply, "expected an eager"),
+        (lambda tokens: tokens.detach(), "expected an eager"),
         (torch.jit.trace(lambda tokens: tokens * 2, torch.ones(2, 24)), "expected an eager"),
         (lambda tokens: tokens + Hidden.apply(tokens), "hidden"),
     ],
-    ids=["cumsum", "in-place", "alpha", "difference", "function", "traced", "partly hidden"],
+    ids=[
+        "cumsum",
+        "in-place",
+        "alpha",
+        "difference",
+        "function",
+        "detached",
+        "traced",
+        "partly hidden",
+    ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_operations_without_a_rule_are_named(between, match):

@@ -110,6 +110,12 @@ class CheferLRP(Explainer):
                 images.detach().split(num_tokens - 1), target.split(num_tokens - 1), strict=True
             )
             return torch.cat([self._of_chunk(*half, grid) for half in halves])
+        if not tape.is_live(logits):
+            raise UnsupportedBackboneError(
+                "the logits were not made from the images by torch functions with gradients "
+                "(scripted, compiled or detached code); expected an eager, differentiable forward "
+                "pass."
+            )
         gradients = torch.autograd.grad(
             logits.gather(1, target[:, None]).sum(),
             [product.probabilities for product in products],

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.explainers.relevance.arithmetic import safe_divide
 from shapwrap.explainers.relevance.attentions import AttentionProduct
 from shapwrap.explainers.relevance.rules import relevance_of_inputs
@@ -28,14 +27,8 @@ def relevance_of_attention(
         products: In the order of the tape.
 
     Raises:
-        UnsupportedBackboneError: An operation on the way has no rule, or the logits were made by
-            operations that are no torch functions.
+        UnsupportedBackboneError: An operation on the way has no rule.
     """
-    if not tape.is_live(logits):
-        raise UnsupportedBackboneError(
-            "the logits were not made from the images by torch functions with gradients (scripted, "
-            "compiled or detached code); expected an eager, differentiable forward pass."
-        )
     arrived: defaultdict[int, list[Tensor]] = defaultdict(list)
     arrived[id(logits)].append(relevance)
     wanted = {id(product.operation): place for place, product in enumerate(products)}
