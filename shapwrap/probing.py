@@ -16,15 +16,17 @@ FAILURES = (AssertionError, RuntimeError, ValueError, TypeError, AttributeError,
 
 
 @contextmanager
-def in_full_precision(*modules: nn.Module) -> Iterator[None]:
+def in_full_precision(*modules: nn.Module, double: bool = False) -> Iterator[None]:
     """Half-precision weights are float32 inside, where rounding cannot hide a wrong claim.
 
-    Going from half precision to float32 and back loses nothing; objects and gradients stay.
+    With `double`, all weights are float64. Going to a higher precision and back loses nothing;
+    objects and gradients stay.
     """
+    lower = [torch.float16, torch.bfloat16, *([torch.float32] if double else [])]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-    halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    halves = [(t, t.dtype) for t in tensors if t.dtype in lower]
     for tensor, _ in halves:
-        tensor.data = tensor.data.float()
+        tensor.data = tensor.data.double() if double else tensor.data.float()
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from shapwrap.explainers.attcat import AttCAT
 from shapwrap.explainers.attention_grad_cam import AttentionGradCAM
 from shapwrap.explainers.attention_rollout import AttentionRollout
 from shapwrap.explainers.base import Attribution, Explainer
+from shapwrap.explainers.chefer_lrp import CheferLRP
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.game import GAME
 from shapwrap.explainers.grad_cam import GradCAM
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionGradCAM",
     "AttentionRollout",
     "Attribution",
+    "CheferLRP",
     "ExplainedModel",
     "Explainer",
     "FastSHAP",

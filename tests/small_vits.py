@@ -1,0 +1,69 @@
+"""Tiny random ViTs in timm's and torchvision's layouts, and images for them."""
+
+import timm.models.vision_transformer
+import torch
+import torchvision
+
+from tests.backbones import NUM_CLASSES
+
+PARTS = ("weight", "bias")
+
+
+def random_images(size, batch=2, dtype=torch.float64):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+GRID = {"grid": (3, 3)}
+"""Of the models of `vit`: theirs, without a search for it."""
+
+
+def relative(one, other):
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def vit(**options):
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=12,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=NUM_CLASSES,
+        **options,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def as_torchvision(model):
+    other = torchvision.models.VisionTransformer(
+        image_size=12,
+        patch_size=4,
+        num_layers=2,
+        num_heads=3,
+        hidden_dim=24,
+        mlp_dim=48,
+        num_classes=NUM_CLASSES,
+    )
+    pairs = {"conv_proj": "patch_embed.proj", "encoder.ln": "norm", "heads.head": "head"}
+    for block in range(2):
+        ours, theirs = f"encoder.layers.encoder_layer_{block}.", f"blocks.{block}."
+        pairs |= {
+            ours + "ln_1": theirs + "norm1",
+            ours + "ln_2": theirs + "norm2",
+            ours + "self_attention.out_proj": theirs + "attn.proj",
+            ours + "mlp.0": theirs + "mlp.fc1",
+            ours + "mlp.3": theirs + "mlp.fc2",
+        }
+    state = model.state_dict()
+    given = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS}
+    for block in range(2):
+        for part in PARTS:
+            name = f"encoder.layers.encoder_layer_{block}.self_attention.in_proj_{part}"
+            given[name] = state[f"blocks.{block}.attn.qkv.{part}"]
+    given |= {"class_token": state["cls_token"], "encoder.pos_embedding": state["pos_embed"]}
+    other.load_state_dict(given)
+    return other.eval()
