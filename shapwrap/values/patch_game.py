@@ -39,6 +39,7 @@ class PatchGames:
         grid: Rows and columns of patches for images of this size.
         players: Rows and columns of players; by default one for each patch.
         chunk_size: Masked images that run at a time.
+        removal: What the model does with absent patches, for the record.
 
     Raises:
         ArgumentError: Players finer than the patches, or a chunk below 1.
@@ -51,6 +52,7 @@ class PatchGames:
         grid: Grid,
         players: Grid | None = None,
         chunk_size: int = 64,
+        removal: str = "native masking",
     ):
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
@@ -58,6 +60,7 @@ class PatchGames:
         self.players = grid if players is None else players
         self.owner = player_of_patch(grid, self.players)
         self.chunk_size = chunk_size
+        self.removal = removal
         self._model = model
         self._images = images.detach()
 
@@ -105,7 +108,9 @@ class PatchGames:
     def select(self, rows: Tensor) -> "PatchGames":
         """The games of some of the images, int64 [b]."""
         images = self._images[rows.to(self._images.device)]
-        return PatchGames(self._model, images, self.grid, self.players, self.chunk_size)
+        return PatchGames(
+            self._model, images, self.grid, self.players, self.chunk_size, self.removal
+        )
 
 
 class PatchGame:
