@@ -77,7 +77,7 @@ class ShapleyTruth:
 
     @property
     def total(self) -> Float[Tensor, "batch classes"]:
-        """v of everybody minus v of nobody: what the values sum to."""
+        """V of everybody minus v of nobody: what the values sum to."""
         return self.estimate.grand - self.estimate.empty
 
     def protocol(self) -> dict[str, object]:
@@ -99,7 +99,9 @@ class ShapleyTruth:
         estimate = {f.name: getattr(self.estimate, f.name) for f in fields(self.estimate)}
         torch.save(
             {
-                "estimate": {k: v.cpu() if isinstance(v, Tensor) else v for k, v in estimate.items()},
+                "estimate": {
+                    k: v.cpu() if isinstance(v, Tensor) else v for k, v in estimate.items()
+                },
                 "players": tuple(self.players),
                 "removal": self.removal,
                 "cross_check": None if self.cross_check is None else self.cross_check.cpu(),

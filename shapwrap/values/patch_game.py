@@ -102,7 +102,7 @@ class PatchGames:
 
     @property
     def grand_values(self) -> Logits:
-        """v of everybody, [B, K]."""
+        """V of everybody, [B, K]."""
         return self(torch.ones(len(self), 1, self.n_players, dtype=torch.bool))[:, 0]
 
     def select(self, rows: Tensor) -> "PatchGames":
