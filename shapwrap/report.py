@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from shapwrap.backbones.stride_one import native_strides
 from shapwrap.choosing import Masking
 from shapwrap.probing import random_images, undisturbed
 from shapwrap.wrapping import Wrapping
+
+if TYPE_CHECKING:
+    from shapwrap.wrapper import ShapleyWrapper
 
 
 class BeforeAfter(NamedTuple):
@@ -73,7 +76,7 @@ class Report:
 
 
 def report_on(
-    wrapped: nn.Module,
+    wrapped: "ShapleyWrapper",
     model: nn.Module,
     wrapping: Wrapping,
     params_before: int,

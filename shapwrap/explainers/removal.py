@@ -37,8 +37,11 @@ def check_fill(fill: Fill | str) -> None:
     """
     if isinstance(fill, Tensor):
         return
-    number = isinstance(fill, int | float) and not isinstance(fill, bool)
-    if not (number and math.isfinite(fill)) and fill not in get_args(FillName):
+    if isinstance(fill, str):
+        valid = fill in get_args(FillName)
+    else:
+        valid = not isinstance(fill, bool) and math.isfinite(fill)
+    if not valid:
         raise ArgumentError(
             f"fill is {fill!r}; expected one of {get_args(FillName)}, a finite number, or a tensor "
             "of normalised pixels."

@@ -1,6 +1,7 @@
 """RISE: what the score is, on average, while a pixel is visible."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -91,15 +92,15 @@ class RISE(Explainer):
         generator = self._draws.again()
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         pixels = torch.zeros(len(images), *size, dtype=dtype, device=images.device)
-        for start in range(0, self.num_masks, self.chunk_size):
-            number = min(self.chunk_size, self.num_masks - start)
-            masks = random_masks(number, size, self.cells, self.keep, generator)
-            masks = masks.to(device=images.device, dtype=dtype)
+        # Only the coarse masks are drawn and kept for all; drawn large, they would fill memory.
+        coarse = CoarseMasks.drawn(self.num_masks, size, self.cells, self.keep, generator)
+        for part in coarse.split(self.chunk_size):
+            masks = part.masks(size).to(device=images.device, dtype=dtype)
             found = scores_of_masked(
                 self.model,
                 images,
                 target,
-                number,
+                len(masks),
                 lambda _, index, masks=masks: masks[index, None],
                 filling,
                 score=self.score,
@@ -109,23 +110,49 @@ class RISE(Explainer):
         return self.of_pixels(pixels / (self.num_masks * self.keep), images)
 
 
-def random_masks(
-    number: int,
-    size: tuple[int, int],
-    cells: tuple[int, int],
-    keep: float,
-    generator: torch.Generator,
-) -> Float[Tensor, "masks height width"]:
-    """Smooth random masks in [0, 1], float32 on the CPU.
+class CoarseMasks(NamedTuple):
+    """Random masks before they are drawn on pixels, on the CPU."""
 
-    With cells of ceil(H / rows) x ceil(W / columns) pixels, the coarse grid is drawn one cell
-    larger than the image, and cut out at an offset that is uniform over one cell.
-    """
-    kept = (torch.rand(number, 1, *cells, generator=generator) < keep).float()
-    steps = [math.ceil(side / parts) for side, parts in zip(size, cells, strict=True)]
-    drawn_size = [(parts + 1) * step for parts, step in zip(cells, steps, strict=True)]
-    drawn = functional.interpolate(kept, size=drawn_size, mode="bilinear", align_corners=False)
-    top, left = (torch.randint(step, (number, 1), generator=generator) for step in steps)
-    rows = (top + torch.arange(size[0]))[:, :, None]
-    columns = (left + torch.arange(size[1]))[:, None, :]
-    return drawn[torch.arange(number)[:, None, None], 0, rows, columns]
+    kept: Float[Tensor, "masks 1 rows columns"]
+    """1 for a cell that is kept."""
+    top: Int[Tensor, "masks 1"]
+    """Offset of the image in the drawn grid, in pixels."""
+    left: Int[Tensor, "masks 1"]
+
+    @classmethod
+    def drawn(
+        cls,
+        number: int,
+        size: tuple[int, int],
+        cells: tuple[int, int],
+        keep: float,
+        generator: torch.Generator,
+    ) -> "CoarseMasks":
+        """Cells kept with probability `keep`, offsets uniform over one cell."""
+        kept = (torch.rand(number, 1, *cells, generator=generator) < keep).float()
+        top, left = (
+            torch.randint(step, (number, 1), generator=generator) for step in _steps(size, cells)
+        )
+        return cls(kept, top, left)
+
+    def split(self, number: int) -> "list[CoarseMasks]":
+        """At most `number` at a time."""
+        parts = zip(*(tensor.split(number) for tensor in self), strict=True)
+        return [CoarseMasks(*part) for part in parts]
+
+    def masks(self, size: tuple[int, int]) -> Float[Tensor, "masks height width"]:
+        """Smooth masks in [0, 1].
+
+        With cells of ceil(H / rows) x ceil(W / columns) pixels, the coarse grid is drawn one cell
+        larger than the image in both directions, and cut out at the offset.
+        """
+        cells = (self.kept.shape[-2], self.kept.shape[-1])
+        large = [(n + 1) * step for n, step in zip(cells, _steps(size, cells), strict=True)]
+        drawn = functional.interpolate(self.kept, size=large, mode="bilinear", align_corners=False)
+        rows = (self.top + torch.arange(size[0]))[:, :, None]
+        columns = (self.left + torch.arange(size[1]))[:, None, :]
+        return drawn[torch.arange(len(drawn))[:, None, None], 0, rows, columns]
+
+
+def _steps(size: tuple[int, int], cells: tuple[int, int]) -> list[int]:
+    return [math.ceil(side / parts) for side, parts in zip(size, cells, strict=True)]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ GAMES_AT_A_TIME = 8
 """Bounds the running sums, [games, players, classes] in float64; coalitions fill the device."""
 
 
+@runtime_checkable
 class Games(Protocol):
     """A batch of games over a grid of players: `PatchGames`, or the pixel games of any model."""
 

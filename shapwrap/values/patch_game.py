@@ -1,7 +1,7 @@
 """The games that a wrapped model plays on images, as functions of who is present."""
 
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from shapwrap.values.players import patches_of, player_of_patch
 Masks = TypeVar("Masks", np.ndarray, Tensor)
 
 
+@runtime_checkable
 class ValuedModel(Protocol):
     """A model whose coalitions have values: `ShapleyWrapper`."""
 
