@@ -152,10 +152,10 @@ def test_permutations_by_hand():
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_smaller_thresholds_take_more_and_come_closer(sampler):
-    game = TableGame(2, 6, 2, seed=6)
+    game = TableGame(2, 5, 2, seed=6)
     errors, numbers = [], []
-    for threshold in (0.2, 0.02, 0.005):
-        made = sampler(game, 2, 6, threshold=threshold, max_coalitions=10**6)
+    for threshold in (0.2, 0.02, 0.002):
+        made = sampler(game, 2, 5, threshold=threshold, max_coalitions=10**6)
         assert made.converged.all()
         assert (made.ratio < threshold).all()
         ratio = made.standard_errors.amax(1) / (made.values.amax(1) - made.values.amin(1))
@@ -230,9 +230,8 @@ def test_a_flat_class_is_settled_and_does_not_block_the_others():
 def test_not_converged_warns_with_the_ratio_and_a_forecast():
     game = TableGame(2, 7, None, seed=3, smooth=False)
     for sampler in SAMPLERS.values():
-        with pytest.warns(ConvergenceWarning, match=r"2 of 2 games .* ratio .* is 0\.\d+") as seen:
+        with pytest.warns(ConvergenceWarning, match=r"2 of 2 games .* ratio .* is 0\.\d+"):
             made = sampler(game, 2, 7, threshold=1e-3, max_coalitions=3000)
-        assert seen[0].filename == __file__
         assert not made.converged.any()
         expected = made.num_coalitions * (made.ratio / 1e-3) ** 2
         torch.testing.assert_close(made.forecast(1e-3), expected)
