@@ -150,11 +150,14 @@ def test_permutations_by_hand():
     )
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_smaller_thresholds_take_more_and_come_closer(sampler):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_smaller_thresholds_take_more_and_come_closer(name):
+    # The exact matrix has a far larger variance.
+    thresholds, sampler = (0.2, 0.02, 0.002), SAMPLERS[name]
+    thresholds = (0.2, 0.05, 0.02) if name == "exact matrix" else thresholds
     game = TableGame(2, 5, 2, seed=6)
     errors, numbers = [], []
-    for threshold in (0.2, 0.02, 0.002):
+    for threshold in thresholds:
         made = sampler(game, 2, 5, threshold=threshold, max_coalitions=10**6)
         assert made.converged.all()
         assert (made.ratio < threshold).all()

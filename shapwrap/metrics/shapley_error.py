@@ -1,7 +1,6 @@
 """Estimation error: how far explanations are from the model's own Shapley values."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -201,10 +200,10 @@ def _compared(
         values, index = values[..., None], torch.zeros_like(index)
     values = values.to(true)
     errors = _errors(values, true, total)
-    undefined = int(torch.isnan(errors.pearson).sum())
+    undefined = int(torch.isnan(errors["pearson"]).sum())
     if undefined:
         warnings.warn(
-            f"{undefined} of {errors.pearson.numel()} correlations (images x classes) are "
+            f"{undefined} of {errors['pearson'].numel()} correlations (images x classes) are "
             "undefined, since the values or the truth are the same for every patch; they are NaN "
             "and left out of means.",
             stacklevel=3,
@@ -212,8 +211,8 @@ def _compared(
     gap = (values.sum(dim=1) - total).abs()
     return ShapleyError(
         target_class=classes,
-        target=_each(errors, lambda of_classes: of_classes.gather(1, index)[:, 0]),
-        non_target=None if gathered or true.shape[2] == 1 else _each(errors, _others(index)),
+        target=_of(errors, index),
+        non_target=None if gathered or true.shape[2] == 1 else _of_others(errors, index),
         efficiency_gap=gap.gather(1, index)[:, 0],
         noise=noise.square().sum(dim=1).sqrt(),
         num_undefined=undefined,
@@ -221,29 +220,27 @@ def _compared(
     )
 
 
-def _errors(values: Tensor, true: Tensor, total: Tensor) -> ClassErrors:
-    """[B, K] each, from [B, N, K]."""
+def _errors(values: Tensor, true: Tensor, total: Tensor) -> dict[str, Tensor]:
+    """Every field of `ClassErrors` for every class, [B, K], from [B, N, K]."""
     squares = (values - true).square().sum(dim=1)
     even = total[:, None] / true.shape[1]
     by_class, true_by_class = values.transpose(1, 2), true.transpose(1, 2)
-    correlation = pearson(by_class, true_by_class)
     trivial = (even - true).square().sum(dim=1)
     scale = true.abs().amax(dim=1)
+    return {
+        "l2": squares.sqrt(),
+        "rmse": (squares / true.shape[1]).sqrt(),
+        "pearson": pearson(by_class, true_by_class),
+        "spearman": spearman(by_class, true_by_class),
+        "skill": (1 - squares / trivial).masked_fill(trivial.sqrt() <= 1e-6 * scale, torch.nan),
+    }
+
+
+def _of(errors: dict[str, Tensor], index: Tensor) -> ClassErrors:
+    return ClassErrors(**{name: each.gather(1, index)[:, 0] for name, each in errors.items()})
+
+
+def _of_others(errors: dict[str, Tensor], index: Tensor) -> ClassErrors:
     return ClassErrors(
-        l2=squares.sqrt(),
-        rmse=(squares / true.shape[1]).sqrt(),
-        pearson=correlation,
-        spearman=spearman(by_class, true_by_class),
-        skill=(1 - squares / trivial).masked_fill(trivial.sqrt() <= 1e-6 * scale, torch.nan),
+        **{name: each.scatter(1, index, torch.nan).nanmean(dim=1) for name, each in errors.items()}
     )
-
-
-def _each(errors: ClassErrors, reduce: Callable[[Tensor], Tensor]) -> ClassErrors:
-    return ClassErrors(*(reduce(getattr(errors, field.name)) for field in fields(ClassErrors)))
-
-
-def _others(index: Tensor) -> Callable[[Tensor], Tensor]:
-    def mean(of_classes: Tensor) -> Tensor:
-        return of_classes.scatter(1, index, torch.nan).nanmean(dim=1)
-
-    return mean
