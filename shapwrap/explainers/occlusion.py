@@ -54,7 +54,7 @@ class Occlusion(Explainer):
         grid: Grid | None = None,
         window: tuple[int, int] | None = None,
         stride: tuple[int, int] | None = None,
-        fill: Fill = "zero",
+        fill: Fill | str = "zero",
         score: str = "logit",
         chunk_size: int = 64,
     ):

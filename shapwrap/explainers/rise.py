@@ -59,7 +59,7 @@ class RISE(Explainer):
         num_masks: int = 4000,
         cells: tuple[int, int] = (7, 7),
         keep: float = 0.5,
-        fill: Fill = "zero",
+        fill: Fill | str = "zero",
         score: str = "probability",
         generator: torch.Generator | None = None,
         chunk_size: int = 64,
@@ -151,7 +151,7 @@ class CoarseMasks(NamedTuple):
         drawn = functional.interpolate(self.kept, size=large, mode="bilinear", align_corners=False)
         rows = (self.top + torch.arange(size[0]))[:, :, None]
         columns = (self.left + torch.arange(size[1]))[:, None, :]
-        return drawn[torch.arange(len(drawn))[:, None, None], 0, rows, columns]
+        return drawn[torch.arange(len(drawn))[:, None, None], 0, rows, columns].clamp(0, 1)
 
 
 def _steps(size: tuple[int, int], cells: tuple[int, int]) -> list[int]:
