@@ -230,6 +230,22 @@ def test_a_flat_class_is_settled_and_does_not_block_the_others():
     torch.testing.assert_close(made.values[0, :, 1], torch.full((6,), 0.1).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_patches", [20, 80])
+def test_equal_values_of_many_players_are_settled(dtype, num_patches):
+    """Regression is exact for additive games; what is left is rounding over rounding."""
+
+    def value(coalitions):
+        counts = coalitions.to(dtype).sum(-1) / 3
+        return torch.stack((counts, 0.3 * counts + coalitions[..., 0]), dim=-1)
+
+    made = kernel_shap(value, 2, num_patches, threshold=0.01)
+    assert made.converged.all()
+    expected = torch.full((2, num_patches), 1 / 3, dtype=torch.float64)
+    torch.testing.assert_close(made.values[..., 0], expected, atol=1e-5, rtol=1e-5)
+    assert (made.num_coalitions <= 60 * num_patches + 5 * 256).all()
+
+
 def test_not_converged_warns_with_the_ratio_and_a_forecast():
     game = TableGame(2, 7, None, seed=3, smooth=False)
     for sampler in SAMPLERS.values():

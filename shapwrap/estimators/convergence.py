@@ -32,7 +32,8 @@ def convergence_ratio(
     largest = standard_errors.amax(dim=1)
     spread = values.amax(dim=1) - values.amin(dim=1)
     # The rounding of half precision is larger than most values; it may not pass for convergence.
-    noise = 8 * min(eps, torch.finfo(torch.float32).eps) * scale
+    # In double precision the solution of the regression rounds more than the game does.
+    noise = max(8 * min(eps, torch.finfo(torch.float32).eps), 1e-12) * scale
     settled = (largest <= noise) & (spread <= noise)
     return torch.where(settled, 0.0, largest / spread).amax(dim=1)
 

@@ -171,7 +171,7 @@ class PatchGame:
             )
         values = self._games(masks.view(1, -1, self.n_players))[0, :, self.target]
         if isinstance(coalitions, np.ndarray):
-            return values.double().cpu().numpy()
+            return values.cpu().double().numpy()
         return values.to(coalitions.device)
 
     def __repr__(self) -> str:
