@@ -45,6 +45,10 @@ class CoalitionTypeError(ShapwrapError, TypeError):
     """The coalitions are not a boolean tensor."""
 
 
+class EstimationError(ShapwrapError, RuntimeError):
+    """Shapley values cannot be estimated from the coalitions that were evaluated."""
+
+
 class TargetError(ShapwrapError, ValueError):
     """A target class that the model does not have."""
 

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shapwrap._types import Grid
+from shapwrap.backbones.stride_one import native_strides
 from shapwrap.choosing import Masking
-from shapwrap.probing import undisturbed
+from shapwrap.probing import random_images, undisturbed
 from shapwrap.wrapping import Wrapping
+
+if TYPE_CHECKING:
+    from shapwrap.wrapper import ShapleyWrapper
 
 
 class BeforeAfter(NamedTuple):
@@ -69,6 +73,44 @@ class Report:
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def report_on(
+    wrapped: "ShapleyWrapper",
+    model: nn.Module,
+    wrapping: Wrapping,
+    params_before: int,
+    *,
+    new_head: bool,
+) -> Report:
+    """The report of a wrapped model: counts what it costs, before and after.
+
+    Args:
+        wrapped: The wrapper, with `attribute`.
+        model: What it wraps.
+        wrapping: How.
+        params_before: Parameters of the model before it was wrapped.
+        new_head: Whether the classifier was replaced.
+    """
+    image = random_images(wrapping.backbone, wrapping.image_size, batch=1)
+    after = count_multiply_adds(wrapped, lambda: wrapped.attribute(image))
+    logits_alone = count_multiply_adds(wrapped, lambda: wrapped(image))
+    with native_strides(wrapping.stride_changes):
+        before = count_multiply_adds(model, lambda: model(image))
+    return Report(
+        backbone=f"{type(model).__name__} ({wrapping.backbone.family})",
+        masking=wrapping.masking,
+        readout=wrapping.head.readout.name,
+        grid=wrapping.grid,
+        image_size=wrapping.image_size,
+        num_classes=wrapping.head.classifier.num_classes,
+        max_logit_difference=wrapping.max_logit_difference,
+        params=BeforeAfter(params_before, count_parameters(wrapped)),
+        flops=BeforeAfter(before, after),
+        flops_logits=logits_alone,
+        exact=is_exact(wrapping),
+        note=note_for(wrapping, new_head=new_head),
+    )
 
 
 def count_multiply_adds(model: nn.Module, call: Callable[[], object]) -> int:

@@ -11,7 +11,7 @@ from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
-from shapwrap.backbones.stride_one import native_strides, restore
+from shapwrap.backbones.stride_one import restore
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.choosing import Request
 from shapwrap.coalitions.checks import (
@@ -26,17 +26,11 @@ from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import check_image_size, random_images, undisturbed
-from shapwrap.report import (
-    BeforeAfter,
-    Report,
-    count_multiply_adds,
-    count_parameters,
-    is_exact,
-    note_for,
-)
+from shapwrap.report import Report, count_parameters, report_on
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
-from shapwrap.wrapping import wrap
+from shapwrap.values.patch_game import PatchGame, PatchGames
+from shapwrap.wrapping import unused_parameters, wrap
 
 
 class ShapleyWrapper(nn.Module):
@@ -119,11 +113,7 @@ class ShapleyWrapper(nn.Module):
         self.patch_layer = self._wrapping.head.patch_layer
         self.training = modes[model]
         self._grid_of_size = {self._wrapping.image_size: self._wrapping.grid}
-        unused = self._wrapping.backbone.unused_parameters()
-        if self.new_head is not None:
-            replaced = [p for m in self._wrapping.backbone.classifiers() for p in m.parameters()]
-            kept = {id(parameter) for parameter in self.new_head.parameters()}
-            unused += [parameter for parameter in replaced if id(parameter) not in kept]
+        unused = unused_parameters(self._wrapping, new_head)
         self._frozen = [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self._frozen:
             # Nothing reads them any more; DDP would wait for their gradients.
@@ -310,6 +300,33 @@ class ShapleyWrapper(nn.Module):
                 chunk_size=chunk_size,
             )
 
+    def game(
+        self,
+        image: Tensor,
+        target: int | None = None,
+        *,
+        players: Grid | None = None,
+        chunk_size: int = 64,
+    ) -> PatchGame:
+        """The game of one class of one image, callable on masks [n, N]; shapiq can play it too.
+
+        Args:
+            image: Float [C, H, W] or [1, C, H, W].
+            target: Class index; the predicted class if None.
+            players: Rows and columns of a coarser grid whose cells are the players.
+            chunk_size: Coalitions that run at a time.
+
+        Raises:
+            ImageTypeError: An image that is not floating point.
+            ImageError: More than one image, a size that the model refuses, or bad pixels.
+            TargetError: A class that the model does not have.
+            ArgumentError: Players finer than the patches, or a chunk below 1.
+        """
+        image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
+        self._check(image, finite=True)
+        games = PatchGames(self, image, self._grid_of(image), players, chunk_size)
+        return PatchGame(games, check_target(target, games.grand_values))
+
     # --- facts --------------------------------------------------------------------------------
 
     @property
@@ -366,26 +383,8 @@ class ShapleyWrapper(nn.Module):
     def report(self) -> Report:
         """A printable summary: what was chosen, what was measured, what to know before use."""
         self._check_in_use()
-        wrapping = self._wrapping
-        image = random_images(wrapping.backbone, wrapping.image_size, batch=1)
-        after = count_multiply_adds(self, lambda: self.attribute(image))
-        logits_alone = count_multiply_adds(self, lambda: self(image))
-        with native_strides(wrapping.stride_changes):
-            before = count_multiply_adds(self.model, lambda: self.model(image))
-        return Report(
-            backbone=f"{type(self.model).__name__} ({wrapping.backbone.family})",
-            masking=wrapping.masking,
-            readout=wrapping.head.readout.name,
-            grid=self.grid,
-            image_size=wrapping.image_size,
-            num_classes=self.num_classes,
-            max_logit_difference=wrapping.max_logit_difference,
-            params=BeforeAfter(self._params_before, count_parameters(self)),
-            flops=BeforeAfter(before, after),
-            flops_logits=logits_alone,
-            exact=is_exact(wrapping),
-            note=note_for(wrapping, new_head=self.new_head is not None),
-        )
+        new_head = self.new_head is not None
+        return report_on(self, self.model, self._wrapping, self._params_before, new_head=new_head)
 
     def unwrap(self) -> nn.Module:
         """The original model, its structure and mode as they were, its weights as trained.

@@ -87,3 +87,13 @@ def _check_statistics(model: nn.Module) -> None:
                 "statistics: the value of a coalition would depend on the other images of its "
                 "batch. Build it with track_running_stats=True."
             )
+
+
+def unused_parameters(wrapping: Wrapping, new_head: nn.Module | None) -> list[nn.Parameter]:
+    """Parameters that the wrapped model never reads: dropped tokens, a replaced classifier."""
+    unused = wrapping.backbone.unused_parameters()
+    if new_head is not None:
+        replaced = [p for m in wrapping.backbone.classifiers() for p in m.parameters()]
+        kept = {id(parameter) for parameter in new_head.parameters()}
+        unused += [parameter for parameter in replaced if id(parameter) not in kept]
+    return unused

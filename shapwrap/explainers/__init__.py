@@ -11,7 +11,10 @@ from shapwrap.explainers.grad_cam import GradCAM
 from shapwrap.explainers.idgi import IDGI
 from shapwrap.explainers.input_x_gradient import InputXGradient
 from shapwrap.explainers.integrated_gradients import IntegratedGradients
+from shapwrap.explainers.kernel_shap import KernelSHAP
+from shapwrap.explainers.occlusion import Occlusion
 from shapwrap.explainers.random_map import RandomMap
+from shapwrap.explainers.rise import RISE
 from shapwrap.explainers.self_explaining import SelfExplaining
 from shapwrap.explainers.token_tm import TokenTM, UnverifiedFormulaWarning
 from shapwrap.explainers.trained.config import FastSHAPConfig, ViTShapleyConfig
@@ -21,6 +24,7 @@ from shapwrap.explainers.trained.vit_shapley import ViTShapley
 __all__ = [
     "GAME",
     "IDGI",
+    "RISE",
     "AttCAT",
     "AttentionGradCAM",
     "AttentionRollout",
@@ -33,6 +37,8 @@ __all__ = [
     "GradCAM",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelSHAP",
+    "Occlusion",
     "RandomMap",
     "SelfExplaining",
     "TokenTM",

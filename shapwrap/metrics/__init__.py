@@ -16,6 +16,13 @@ from shapwrap.metrics.segmentation import (
     segmentation_statistics,
 )
 from shapwrap.metrics.sensitivity import Sensitivity, sensitivity_n
+from shapwrap.metrics.shapley_error import (
+    ClassErrors,
+    ShapleyError,
+    estimation_error,
+    shapley_error,
+)
+from shapwrap.metrics.shapley_truth import ShapleyTruth, shapley_truth, truth_of
 from shapwrap.metrics.stability import Stability, stability
 from shapwrap.metrics.value_functions import filled_value, native_value
 
@@ -32,6 +39,7 @@ _LAZY = {
 __all__ = [
     "BoxIoU",
     "BoxLocalisation",
+    "ClassErrors",
     "Cost",
     "Localisation",
     "PointingGame",
@@ -41,10 +49,13 @@ __all__ = [
     "SegmentationStatistics",
     "SegmentationTotals",
     "Sensitivity",
+    "ShapleyError",
+    "ShapleyTruth",
     "Stability",
     "average_precision",
     "box_localisation",
     "cost",
+    "estimation_error",
     "filled_value",
     "localisation",
     "native_value",
@@ -53,7 +64,10 @@ __all__ = [
     "segmentation_scores",
     "segmentation_statistics",
     "sensitivity_n",
+    "shapley_error",
+    "shapley_truth",
     "stability",
+    "truth_of",
 ]
 
 
