@@ -1,0 +1,175 @@
+"""What all metrics that take parts of an image away begin with."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from shapwrap._types import Grid, Images
+from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
+from shapwrap.explainers.explained_model import ExplainedModel, Model
+from shapwrap.explanation import check_target
+from shapwrap.images import check_finite
+from shapwrap.metrics.fillers import check_fill, is_native
+from shapwrap.metrics.predictor import Predictor
+from shapwrap.metrics.ranking import Ranking, check_maps, rank_patches, rank_pixels
+from shapwrap.metrics.removal import clean_logits, of_target
+
+TOLERATED = 1e-3
+"""Beyond [0, 1]: what resizing and undoing a normalisation leave."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Checked images with a class each and a ranking of their parts."""
+
+    model: ExplainedModel
+    predictor: Predictor | None
+    images: Images
+    target: Int[Tensor, " batch"]
+    clean: Float[Tensor, " batch"]
+    """Log-probability of the target on the images as they are."""
+    ranking: Ranking
+    settings: dict[str, str]
+    """For the protocol."""
+
+    def native_predictor(self) -> Predictor:
+        """The predictor of a wrapped model.
+
+        Raises:
+            ArgumentError: `predict` is something else.
+        """
+        return native_predictor(self.predictor)
+
+
+def measure(
+    predict: Model,
+    images: Tensor,
+    maps: Tensor,
+    *,
+    target: int | Tensor | None,
+    fill: str | Tensor,
+    ranking: str | None,
+    grid: Grid | None,
+    chunk_size: int,
+) -> Measured:
+    """Check everything that was given, rank the parts and run the model on the images as they are.
+
+    Runs without gradient, the model in eval mode by the caller.
+
+    Raises:
+        ImageTypeError: Images that are not floating point.
+        ImageError: Images of another shape, or outside [0, 1].
+        MapError: Maps of another shape, or not finite.
+        TargetError: A class that the model does not have.
+        ArgumentError: An option outside its range.
+    """
+    images = _checked(images).detach()
+    maps = check_maps(maps, images)
+    check_fill(fill)
+    told = predict if isinstance(predict, Predictor) else None
+    size = (images.shape[-2], images.shape[-1])
+    native = is_native(fill)
+    unit = ranking or ("patch" if native else "pixel")
+    if unit not in ("pixel", "patch"):
+        raise ArgumentError(f"ranking is {ranking!r}; expected 'pixel' or 'patch'.")
+    if native:
+        explained = native_predictor(told).explained
+        own = explained.grid_of(native_predictor(told).normalize(images[:1]))
+        if unit == "pixel" or (grid is not None and tuple(grid) != own):
+            raise ArgumentError(
+                f"ranking is {ranking!r} and grid is {grid} with fill='native'; expected "
+                f"ranking='patch' over the model's own grid, {own}: whole patches are removed."
+            )
+        ranked = rank_patches(maps, size, own, explained.covered(images))
+    elif unit == "patch":
+        ranked = rank_patches(maps, size, _grid(grid))
+    else:
+        ranked = rank_pixels(maps, size)
+    model = ExplainedModel(predict)
+    _warn_of_normalization(predict)
+    logits = clean_logits(model, images, chunk_size)
+    classes = check_target(target, logits)
+    settings = {
+        "model": repr(told) if told else getattr(predict, "__name__", type(predict).__name__),
+        "images": f"{tuple(images.shape)} in [0, 1], {images.dtype}, {images.device.type}",
+        "class": "predicted on the clean image" if target is None else "given",
+        "score": "softmax probability, log_softmax in float32 (float64 for float64 logits)",
+        "ranking": f"{ranked.unit}, N = {ranked.num_cells}, most relevant first, stable",
+    }
+    return Measured(model, told, images, classes, of_target(logits, classes), ranked, settings)
+
+
+def native_predictor(told: Predictor | None) -> Predictor:
+    """The predictor of a wrapped model.
+
+    Raises:
+        ArgumentError: `predict` is something else.
+    """
+    if told is None or told.wrapped is None:
+        raise ArgumentError(
+            "fill='native' removes patches as a wrapped model does it; expected "
+            "predict=shapwrap.metrics.predictor(ShapleyWrapper(model))."
+        )
+    return told
+
+
+def describe_native(measured: Measured) -> str:
+    """Native masking in words, for the protocol."""
+    wrapped = measured.native_predictor().wrapped
+    masking = wrapped._wrapping.masking if wrapped is not None else ""
+    return f"native, {masking} by the model itself: p(s) = softmax(v(s) + v(empty))"
+
+
+def seed_of(fill: str | Tensor, generator: torch.Generator | None) -> str:
+    """Where random pixels came from, for the protocol."""
+    if isinstance(fill, Tensor) or fill != "random":
+        return "none, nothing is drawn"
+    return str(generator.initial_seed() if generator is not None else 0)
+
+
+def _checked(images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        came = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ImageTypeError(
+            f"images are {came}; expected a float tensor [B, C, H, W] in [0, 1]. Divide by 255."
+        )
+    if images.ndim != 4 or 0 in images.shape:
+        raise ImageError(
+            f"images have shape {tuple(images.shape)}; expected [B, C, H, W], none of them 0."
+        )
+    check_finite(images)
+    low, high = images.amin().item(), images.amax().item()
+    if low < -TOLERATED or high > 1 + TOLERATED:
+        raise ImageError(
+            f"images lie between {low:.3g} and {high:.3g}; expected [0, 1], before normalisation. "
+            "Undo it with predictor(model).unnormalize(images); predict normalises by itself."
+        )
+    return images
+
+
+def _grid(grid: object) -> Grid | None:
+    if grid is None:
+        return None
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
+    rows, columns = grid
+    if not all(isinstance(n, int) and n > 0 for n in (rows, columns)):
+        raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
+    return rows, columns
+
+
+def _warn_of_normalization(predict: Model) -> None:
+    if not isinstance(predict, nn.Module):
+        return
+    told = ExplainedModel(predict).normalization
+    if told is None or not (any(told.mean) or any(n != 1 for n in told.std)):
+        return
+    warnings.warn(
+        f"predict is a {type(predict).__name__} that tells its images are normalised with mean "
+        f"{told.mean} and std {told.std}, and it is given images in [0, 1]; use "
+        "predict=shapwrap.metrics.predictor(model).",
+        stacklevel=4,
+    )
