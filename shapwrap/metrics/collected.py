@@ -36,7 +36,7 @@ class MeanOverImages(Metric):
     def __init__(
         self, measure: Callable[..., Scores], predict: Model, names: Sequence[str], kwargs: dict
     ):
-        known = signature(measure).parameters
+        known = set(signature(measure).parameters) - {"predict", "images", "maps", "target"}
         super().__init__(**{name: each for name, each in kwargs.items() if name not in known})
         options = {name: each for name, each in kwargs.items() if name in known}
         # Inside the partial, so that a module does not become a part of this one.

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapwrap._types import Grid
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.metrics.fillers import NATIVE, describe, is_native, make_filler
@@ -46,7 +45,7 @@ def faithfulness(
     on_constant: str = "nan_skip",
     absolute: bool = False,
     fractions: Sequence[float] | str | None = None,
-    grid: Grid | None = None,
+    grid: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     metrics: Sequence[str] = METRICS,
 ) -> Scores:
@@ -99,7 +98,7 @@ def faithfulness(
     if on_constant not in ON_CONSTANT:
         names = ", ".join(map(repr, ON_CONSTANT))
         raise ArgumentError(f"on_constant is {on_constant!r}; expected one of {names}.")
-    with torch.no_grad(), ExplainedModel(predict).evaluated():
+    with ExplainedModel(predict).evaluated(), torch.no_grad():
         measured = measure(
             predict,
             images,

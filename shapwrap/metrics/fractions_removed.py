@@ -1,11 +1,15 @@
 """How many cells are gone at each step."""
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.removal import Interval
+
+ROUNDING = 1e-6
+"""Cells by which a share may miss a whole number of them."""
 
 ATTCAT = "attcat"
 """The nine steps 1/9, 2/9, ... 1 of AttCAT's script, rounded, none twice."""
@@ -37,8 +41,8 @@ def removed_counts(
     shares = [float(share) for share in fractions]
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise ArgumentError(f"fractions is {fractions!r}; expected at least one share in [0, 1].")
-    # 0.29 of 100 cells is 29, which the nearest binary number below 0.29 would make 28.
-    return [int(Fraction(repr(share)) * num_cells) for share in shares]
+    # In binary, 0.29 of 100 cells and 1/49 of 49 fall just short of 29 and 1.
+    return [math.floor(share * num_cells + ROUNDING) for share in shares]
 
 
 def equal_groups(num_cells: int, num_groups: int) -> list[Interval]:

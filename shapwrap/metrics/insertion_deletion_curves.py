@@ -1,12 +1,12 @@
 """Insertion and deletion: how soon the prediction comes, and how soon it goes."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapwrap._types import Grid
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.metrics.fillers import check_fill, describe, is_native, make_filler
 from shapwrap.metrics.fractions_removed import check_at_least
@@ -33,7 +33,7 @@ def insertion_deletion(
     steps: int = 20,
     ranking: str | None = None,
     chunk_size: int = 64,
-    grid: Grid | None = None,
+    grid: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Scores:
     """Areas under the insertion and the deletion curve of maps, one number an image each.
@@ -77,7 +77,7 @@ def insertion_deletion(
     start = fill if insertion_fill is None else insertion_fill
     check_fill(fill)
     check_fill(start, beside=fill)
-    with torch.no_grad(), ExplainedModel(predict).evaluated():
+    with ExplainedModel(predict).evaluated(), torch.no_grad():
         measured = measure(
             predict,
             images,

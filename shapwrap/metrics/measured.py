@@ -1,6 +1,7 @@
 """What all metrics that take parts of an image away begin with."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def measure(
     target: int | Tensor | None,
     fill: str | Tensor,
     ranking: str | None,
-    grid: Grid | None,
+    grid: Sequence[int] | None,
     chunk_size: int,
 ) -> Measured:
     """Check everything that was given, rank the parts and run the model on the images as they are.
@@ -153,7 +154,7 @@ def _checked(images: Tensor) -> Tensor:
 def _grid(grid: object) -> Grid | None:
     if grid is None:
         return None
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
+    if not isinstance(grid, Sequence) or len(grid) != 2:
         raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
     rows, columns = grid
     if not all(isinstance(n, int) and n > 0 for n in (rows, columns)):

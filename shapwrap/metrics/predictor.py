@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shapwrap._types import Coalitions, CoalitionValues, Images, Logits
+from shapwrap._types import CoalitionValues, Images, Logits
 from shapwrap.backbones.base import Normalization
 from shapwrap.errors import ArgumentError, ImageError, ImageTypeError, ShapwrapError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
@@ -27,7 +27,7 @@ class Predictor:
         self.explained = ExplainedModel(model)
         self.normalization = normalization
 
-    def __call__(self, images: Images) -> Logits:
+    def __call__(self, images: Tensor) -> Logits:
         """Logits [B, K], in the model's own precision.
 
         Args:
@@ -39,7 +39,7 @@ class Predictor:
             UnsupportedBackboneError: The model returns something else than logits.
         """
         normalized = self.normalize(images)
-        with torch.no_grad(), self.explained.evaluated():
+        with self.explained.evaluated(), torch.no_grad():
             return self.explained.logits(normalized)
 
     @property
@@ -47,7 +47,7 @@ class Predictor:
         """The wrapped model, if it is one: its native masking can be used."""
         return self.explained.wrapped
 
-    def normalize(self, images: Images) -> Images:
+    def normalize(self, images: Tensor) -> Images:
         """(x - mean) / std, in the precision of the model's weights.
 
         Raises:
@@ -58,7 +58,7 @@ class Predictor:
         normalized = (images.to(mean.dtype) - mean) / std
         return normalized.to(self._dtype() or images.dtype)
 
-    def unnormalize(self, images: Images) -> Images:
+    def unnormalize(self, images: Tensor) -> Images:
         """X * std + mean: what `normalize` undoes, in float32 (float64 for float64 images).
 
         Raises:
@@ -68,7 +68,7 @@ class Predictor:
         mean, std = self._statistics(images)
         return images.to(mean.dtype) * std + mean
 
-    def coalition_logits(self, images: Images, coalitions: Coalitions) -> CoalitionValues:
+    def coalition_logits(self, images: Tensor, coalitions: Tensor) -> CoalitionValues:
         """v(s) + v(empty), [B, S, K], absent patches hidden as the wrapped model hides them.
 
         Args:
@@ -85,7 +85,7 @@ class Predictor:
                 "natively; use predictor(ShapleyWrapper(model))."
             )
         normalized = self.normalize(images)
-        with torch.no_grad(), self.explained.evaluated():
+        with self.explained.evaluated(), torch.no_grad():
             return wrapped.value(normalized, coalitions) + wrapped.baseline
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ class Predictor:
         parameters = [] if module is None else module.parameters()
         return next((p.dtype for p in parameters if p.is_floating_point()), None)
 
-    def _statistics(self, images: Images) -> tuple[Tensor, Tensor]:
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if not images.is_floating_point():
             raise ImageTypeError(
                 f"images are {images.dtype}; expected floating point in [0, 1]. Divide by 255."

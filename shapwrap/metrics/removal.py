@@ -99,7 +99,7 @@ def clean_logits(model: ExplainedModel, images: Images, chunk_size: int) -> Logi
 
 
 def of_target(logits: Logits, target: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """Log-probability of one class each, at least the smallest finite number, in float32 or more."""
+    """Log-probability of one class each, finite where it is not NaN, in float32 or float64."""
     logits = logits.to(compute_dtype(logits))
     picked = logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     return picked.clamp(min=torch.finfo(picked.dtype).min)
