@@ -126,7 +126,7 @@ def test_two_processes_agree(tmp_path):
 
 def test_options_that_nothing_takes():
     for options in ({"chunks": 3}, {"target": 1}):
-        with pytest.raises(ValueError, match="[Uu]nexpected keyword"):
+        with pytest.raises(ValueError, match=r"[Uu]nexpected keyword"):
             Faithfulness(make_predict(), **options)
 
 

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
-from shapwrap.metrics.fillers import NATIVE, describe, is_native, make_filler
+from shapwrap.metrics.fillers import NATIVE, describe, is_native
 from shapwrap.metrics.fractions_removed import check_at_least, equal_groups, removed_counts
-from shapwrap.metrics.measured import Measured, describe_native, measure, seed_of
+from shapwrap.metrics.measured import Measured, measure, seed_of
 from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.ranking import ConstantMapWarning
 from shapwrap.metrics.removal import (
-    FilledPixels,
     Interval,
-    RemovedPatches,
     check_probabilities,
     log_probabilities,
 )
@@ -134,7 +132,7 @@ def faithfulness(
             ConstantMapWarning,
             stacklevel=2,
         )
-    filler = describe_native(measured) if is_native(fill) else describe(fill)
+    filler = measured.native_in_words() if is_native(fill) else describe(fill)
     of_saco = filler if is_native(fill) else describe("mean")
     settings = measured.settings.copy()
     if curves:
@@ -162,17 +160,8 @@ def _removed(
     generator: torch.Generator | None,
 ) -> Float[Tensor, "batch steps"]:
     """Log-probability of the target with each interval of ranks gone."""
-    if is_native(fill):
-        respond = RemovedPatches(measured.native_predictor(), measured.images)
-    else:
-        normalization = measured.predictor.normalization if measured.predictor else None
-        filler = make_filler(fill, measured.images, normalization, generator)
-        respond = FilledPixels(
-            measured.model, measured.images, filler, measured.ranking.cell_of_pixel
-        )
-    logp = log_probabilities(
-        respond, measured.ranking.ranks, intervals, measured.target, chunk_size
-    )
+    removal = measured.removal(fill, generator)
+    logp = log_probabilities(removal, intervals, measured.target, chunk_size)
     check_probabilities(torch.cat((measured.clean[:, None], logp), dim=1))
     return logp
 

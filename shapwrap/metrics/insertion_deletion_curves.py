@@ -8,15 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap.explainers.explained_model import ExplainedModel, Model
-from shapwrap.metrics.fillers import check_fill, describe, is_native, make_filler
+from shapwrap.metrics.fillers import NATIVE, check_fill, describe, is_native
 from shapwrap.metrics.fractions_removed import check_at_least
-from shapwrap.metrics.measured import Measured, describe_native, measure, seed_of
+from shapwrap.metrics.measured import Measured, measure, seed_of
 from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.ranking import ConstantMapWarning
 from shapwrap.metrics.removal import (
-    FilledPixels,
     Interval,
-    RemovedPatches,
+    Removal,
     check_probabilities,
     log_probabilities,
 )
@@ -105,7 +104,7 @@ def insertion_deletion(
         )
     fractions = torch.tensor(counts, device=images.device) / cells
     curves = {"insertion": inserted.exp(), "deletion": deleted.exp()}
-    native = describe_native(measured) if is_native(fill) else ""
+    native = measured.native_in_words() if is_native(fill) else ""
     settings = measured.settings | {
         "deletion": f"from the image to: {native or describe(fill)}",
         "insertion": f"to the image from: {native or describe(start)}",
@@ -130,25 +129,23 @@ def _filled(
     generator: torch.Generator | None,
 ) -> tuple[Float[Tensor, "batch points"], Float[Tensor, "batch points"]]:
     """Log-probability along both curves; what both have in common is run once."""
-    ranking, cells = measured.ranking, measured.ranking.num_cells
-    normalization = measured.predictor.normalization if measured.predictor else None
+    cells = measured.ranking.num_cells
     clean = measured.clean[:, None]
 
-    def run(filler: Tensor, intervals: list[Interval]) -> Tensor:
-        respond = FilledPixels(measured.model, measured.images, filler, ranking.cell_of_pixel)
-        return log_probabilities(respond, ranking.ranks, intervals, measured.target, chunk_size)
+    def run(removal: Removal, intervals: list[Interval]) -> Tensor:
+        return log_probabilities(removal, intervals, measured.target, chunk_size)
 
-    filler = make_filler(fill, measured.images, normalization, generator)
+    into = measured.removal(fill, generator)
     deletions: list[Interval] = [(0, count) for count in counts[1:]]
     insertions: list[Interval] = [(count, cells) for count in counts[:-1]]
     if start is fill or (isinstance(fill, str) and fill == start):
         # The last deletion leaves what the first insertion starts from.
-        logp = run(filler, deletions + insertions[1:])
+        logp = run(into, deletions + insertions[1:])
         deleted, inserted = logp.split([len(deletions), len(insertions) - 1], dim=1)
         inserted = torch.cat((deleted[:, -1:], inserted), dim=1)
     else:
-        deleted = run(filler, deletions)
-        inserted = run(make_filler(start, measured.images, normalization, generator), insertions)
+        deleted = run(into, deletions)
+        inserted = run(measured.removal(start, generator), insertions)
     return torch.cat((inserted, clean), dim=1), torch.cat((clean, deleted), dim=1)
 
 
@@ -160,12 +157,7 @@ def _native(
     intervals = [each for n in counts for each in ((0, n), (n, cells))]
     # Two coalitions of a pair may cost a token model one pass, but are two of a chunk.
     pairs = chunk_size > 1
-    respond = RemovedPatches(measured.native_predictor(), measured.images, pairs=pairs)
-    logp = log_probabilities(
-        respond,
-        measured.ranking.ranks,
-        intervals,
-        measured.target,
-        chunk_size - chunk_size % 2 if pairs else 1,
-    )
+    removal = measured.removal(NATIVE, None, pairs=pairs)
+    chunk_size = chunk_size - chunk_size % 2 if pairs else 1
+    logp = log_probabilities(removal, intervals, measured.target, chunk_size)
     return logp[:, 1::2], logp[:, 0::2]

@@ -13,10 +13,10 @@ from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import check_target
 from shapwrap.images import check_finite
-from shapwrap.metrics.fillers import check_fill, is_native
+from shapwrap.metrics.fillers import check_fill, is_native, make_filler
 from shapwrap.metrics.predictor import Predictor
 from shapwrap.metrics.ranking import Ranking, check_maps, rank_patches, rank_pixels
-from shapwrap.metrics.removal import clean_logits, of_target
+from shapwrap.metrics.removal import FilledPixels, Removal, RemovedPatches, clean_logits, of_target
 
 TOLERATED = 1e-3
 """Beyond [0, 1]: what resizing and undoing a normalisation leave."""
@@ -36,13 +36,38 @@ class Measured:
     settings: dict[str, str]
     """For the protocol."""
 
-    def native_predictor(self) -> Predictor:
-        """The predictor of a wrapped model.
+    def removal(
+        self, fill: str | Tensor, generator: torch.Generator | None, *, pairs: bool = False
+    ) -> Removal:
+        """Answers of the model without parts of the images.
+
+        Args:
+            fill: What takes their place.
+            generator: For the random filler.
+            pairs: Whether native coalitions come in complement pairs.
 
         Raises:
-            ArgumentError: `predict` is something else.
+            ArgumentError: A filler that cannot be had for these images.
         """
-        return native_predictor(self.predictor)
+        ranks, images = self.ranking.ranks, self.images
+        if is_native(fill):
+            return RemovedPatches(native_predictor(self.predictor), images, ranks, pairs=pairs)
+        ranks = self.ranking.of_pixels()
+        if self.predictor is None:
+            return FilledPixels(
+                self.model, images, make_filler(fill, images, None, generator), ranks
+            )
+        predict = self.predictor
+        filler = make_filler(fill, images, predict.normalization, generator)
+        # Normalised pixel by pixel, so once before the filling instead of once a copy.
+        normalized = predict.normalize(images), predict.normalize(filler)
+        return FilledPixels(predict.explained, *normalized, ranks)
+
+    def native_in_words(self) -> str:
+        """Native masking, for the protocol."""
+        wrapped = None if self.predictor is None else self.predictor.wrapped
+        masking = "" if wrapped is None else wrapped._wrapping.masking
+        return f"native, {masking} by the model itself: p(s) = softmax(v(s) + v(empty))"
 
 
 def measure(
@@ -115,13 +140,6 @@ def native_predictor(told: Predictor | None) -> Predictor:
             "predict=shapwrap.metrics.predictor(ShapleyWrapper(model))."
         )
     return told
-
-
-def describe_native(measured: Measured) -> str:
-    """Native masking in words, for the protocol."""
-    wrapped = measured.native_predictor().wrapped
-    masking = wrapped._wrapping.masking if wrapped is not None else ""
-    return f"native, {masking} by the model itself: p(s) = softmax(v(s) + v(empty))"
 
 
 def seed_of(fill: str | Tensor, generator: torch.Generator | None) -> str:

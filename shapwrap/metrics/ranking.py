@@ -33,6 +33,10 @@ class Ranking:
     unit: str
     """What a cell is, in words."""
 
+    def of_pixels(self) -> Int[Tensor, "batch pixels"]:
+        """Place of the cell of each pixel, row by row."""
+        return self.ranks if self.cell_of_pixel is None else self.ranks[:, self.cell_of_pixel]
+
     @property
     def num_cells(self) -> int:
         """N."""
