@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap.errors import ArgumentError
-from shapwrap.explainers.explained_model import ExplainedModel, Model
+from shapwrap.explainers.explained_model import Model
 from shapwrap.metrics.fillers import NATIVE, describe, is_native
 from shapwrap.metrics.fractions_removed import check_at_least, equal_groups, removed_counts
-from shapwrap.metrics.measured import Measured, measure, seed_of
+from shapwrap.metrics.measured import Measured, measure, running, seed_of
 from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.ranking import ConstantMapWarning
 from shapwrap.metrics.removal import (
@@ -96,7 +96,7 @@ def faithfulness(
     if on_constant not in ON_CONSTANT:
         names = ", ".join(map(repr, ON_CONSTANT))
         raise ArgumentError(f"on_constant is {on_constant!r}; expected one of {names}.")
-    with ExplainedModel(predict).evaluated(), torch.no_grad():
+    with running(predict):
         measured = measure(
             predict,
             images,

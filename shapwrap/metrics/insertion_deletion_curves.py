@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapwrap.explainers.explained_model import ExplainedModel, Model
+from shapwrap.explainers.explained_model import Model
 from shapwrap.metrics.fillers import NATIVE, check_fill, describe, is_native
 from shapwrap.metrics.fractions_removed import check_at_least
-from shapwrap.metrics.measured import Measured, measure, seed_of
+from shapwrap.metrics.measured import Measured, measure, running, seed_of
 from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.ranking import ConstantMapWarning
 from shapwrap.metrics.removal import (
@@ -76,7 +76,7 @@ def insertion_deletion(
     start = fill if insertion_fill is None else insertion_fill
     check_fill(fill)
     check_fill(start, beside=fill)
-    with ExplainedModel(predict).evaluated(), torch.no_grad():
+    with running(predict):
         measured = measure(
             predict,
             images,

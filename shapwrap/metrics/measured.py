@@ -1,7 +1,8 @@
 """What all metrics that take parts of an image away begin with."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def measure(
 ) -> Measured:
     """Check everything that was given, rank the parts and run the model on the images as they are.
 
-    Runs without gradient, the model in eval mode by the caller.
+    Expects `running` around it.
 
     Raises:
         ImageTypeError: Images that are not floating point.
@@ -126,6 +127,14 @@ def measure(
         "ranking": f"{ranked.unit}, N = {ranked.num_cells}, most relevant first, stable",
     }
     return Measured(model, told, images, classes, of_target(logits, classes), ranked, settings)
+
+
+@contextmanager
+def running(predict: Model) -> Iterator[None]:
+    """Without gradients; a model, or that of a predictor, is in eval mode inside."""
+    explained = predict.explained if isinstance(predict, Predictor) else ExplainedModel(predict)
+    with explained.evaluated(), torch.no_grad():
+        yield
 
 
 def native_predictor(told: Predictor | None) -> Predictor:
