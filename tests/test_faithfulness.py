@@ -581,6 +581,8 @@ def test_protocol_says_everything():
         "seed",
     ):
         assert word in said, word
+    random = insertion_deletion(predict, images, maps, insertion_fill="random").protocol
+    assert random.settings["seed"] == "0"
     said = str(insertion_deletion(predict, images, maps, insertion_fill="blur", target=0))
     for word in ("given", "Gaussian", "black", "trapezoids", "insertion 0.", "deletion 0."):
         assert word in said, word

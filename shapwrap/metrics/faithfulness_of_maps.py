@@ -115,13 +115,13 @@ def faithfulness(
             )
         cells = measured.ranking.num_cells
         counts = removed_counts(cells, steps, fractions)
+        groups = equal_groups(cells, num_groups) if "saco" in wanted else []
         values: dict[str, Tensor] = {}
         curves: dict[str, Tensor] = {}
         if "aopc" in wanted or "log_odds" in wanted:
             logp = _removed(measured, [(0, n) for n in counts], fill, chunk_size, generator)
             values, curves = _aopc_and_log_odds(measured.clean, logp, absolute)
-        if "saco" in wanted:
-            groups = equal_groups(cells, num_groups)
+        if groups:
             values["saco"] = _saco(measured, groups, is_native(fill), chunk_size, on_constant)
     undefined = ON_CONSTANT[on_constant]
     if constant:
@@ -141,7 +141,7 @@ def faithfulness(
         settings["removed"] = f"{counts} cells{named}"
         settings["AOPC"] = f"mean over steps of {'|p - p_k|' if absolute else 'p - p_k'}"
         settings["LOdds"] = "mean over steps of ln p_k - ln p"
-        settings["seed"] = seed_of(fill, generator)
+        settings["seed"] = seed_of(generator, fill)
     if "saco" in wanted:
         settings["SaCo"] = f"K = {num_groups} disjoint groups, 0/0 is {undefined}; fill: {of_saco}"
     return Scores(

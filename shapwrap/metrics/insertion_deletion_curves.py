@@ -110,7 +110,7 @@ def insertion_deletion(
         "insertion": f"to the image from: {native or describe(start)}",
         "points": f"{counts} cells",
         "area": "trapezoids over the share of cells, 0 to 1",
-        "seed": "; ".join(dict.fromkeys(seed_of(one, generator) for one in (fill, start))),
+        "seed": seed_of(generator, fill, start),
     }
     return Scores(
         {name: torch.trapezoid(curve, fractions.to(curve)) for name, curve in curves.items()},

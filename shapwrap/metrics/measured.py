@@ -151,9 +151,9 @@ def native_predictor(told: Predictor | None) -> Predictor:
     return told
 
 
-def seed_of(fill: str | Tensor, generator: torch.Generator | None) -> str:
+def seed_of(generator: torch.Generator | None, *fills: str | Tensor) -> str:
     """Where random pixels came from, for the protocol."""
-    if isinstance(fill, Tensor) or fill != "random":
+    if not any(isinstance(fill, str) and fill == "random" for fill in fills):
         return "none, nothing is drawn"
     return str(generator.initial_seed() if generator is not None else 0)
 
