@@ -53,6 +53,10 @@ class TargetError(ShapwrapError, ValueError):
     """A target class that the model does not have."""
 
 
+class MapError(ShapwrapError, ValueError):
+    """The maps to measure have a shape or values that cannot be used."""
+
+
 class ArgumentError(ShapwrapError, ValueError):
     """An option outside its range."""
 

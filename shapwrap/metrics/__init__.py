@@ -6,8 +6,13 @@ from typing import TYPE_CHECKING, Any
 from shapwrap.metrics.average_precision import average_precision
 from shapwrap.metrics.boxes import BoxLocalisation, box_localisation
 from shapwrap.metrics.cost import Cost, cost
+from shapwrap.metrics.faithfulness_of_maps import faithfulness
+from shapwrap.metrics.insertion_deletion_curves import insertion_deletion
 from shapwrap.metrics.pointing import Localisation, localisation, pointing_game
+from shapwrap.metrics.predictor import Predictor, predictor
+from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.randomisation import Randomisation, randomisation
+from shapwrap.metrics.ranking import ConstantMapWarning
 from shapwrap.metrics.segmentation import (
     SegmentationScores,
     SegmentationStatistics,
@@ -27,10 +32,13 @@ from shapwrap.metrics.stability import Stability, stability
 from shapwrap.metrics.value_functions import filled_value, native_value
 
 if TYPE_CHECKING:
+    from shapwrap.metrics.collected import Faithfulness, InsertionDeletion
     from shapwrap.metrics.localisation_metrics import BoxIoU, PointingGame, Segmentation
 
 # Classes that need torchmetrics, imported when they are asked for.
 _LAZY = {
+    "Faithfulness": "shapwrap.metrics.collected",
+    "InsertionDeletion": "shapwrap.metrics.collected",
     "BoxIoU": "shapwrap.metrics.localisation_metrics",
     "PointingGame": "shapwrap.metrics.localisation_metrics",
     "Segmentation": "shapwrap.metrics.localisation_metrics",
@@ -40,10 +48,16 @@ __all__ = [
     "BoxIoU",
     "BoxLocalisation",
     "ClassErrors",
+    "ConstantMapWarning",
     "Cost",
+    "Faithfulness",
+    "InsertionDeletion",
     "Localisation",
     "PointingGame",
+    "Predictor",
+    "Protocol",
     "Randomisation",
+    "Scores",
     "Segmentation",
     "SegmentationScores",
     "SegmentationStatistics",
@@ -56,10 +70,13 @@ __all__ = [
     "box_localisation",
     "cost",
     "estimation_error",
+    "faithfulness",
     "filled_value",
+    "insertion_deletion",
     "localisation",
     "native_value",
     "pointing_game",
+    "predictor",
     "randomisation",
     "segmentation_scores",
     "segmentation_statistics",

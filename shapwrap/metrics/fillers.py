@@ -1,0 +1,149 @@
+"""What is put in the place of pixels that are taken away."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from shapwrap._types import Images
+from shapwrap.backbones.base import Normalization
+from shapwrap.errors import ArgumentError
+from shapwrap.masking.pooling import compute_dtype
+
+NATIVE = "native"
+"""No filler: patches are removed as the wrapped model does it."""
+
+BLUR_RADIUS = 5
+BLUR_SIGMA = 5.0
+
+FILLS = {
+    "black": "black, 0 in [0, 1], before normalisation",
+    "mean": "mean of each channel of the image in [0, 1], before normalisation",
+    "zero_normalised": "mean colour of the model, 0 after normalisation",
+    "blur": f"the image blurred by a Gaussian of sigma {BLUR_SIGMA:g} pixels, 11 x 11",
+    "random": "uniform random colours in [0, 1], one drawing an image",
+}
+"""Fillers by name, and what they are in words."""
+
+Filler = Float[Tensor, "one_or_batch channels one_or_height one_or_width"]
+
+
+def is_native(fill: str | Tensor) -> bool:
+    """Whether patches are removed by the model instead of filled."""
+    return not isinstance(fill, Tensor) and fill == NATIVE
+
+
+def check_fill(fill: str | Tensor, *, beside: str | Tensor | None = None) -> None:
+    """Raise unless `fill` is a known name or a tensor.
+
+    Args:
+        fill: A name or pixels.
+        beside: Another filler of the same measurement: both are native, or none.
+
+    Raises:
+        ArgumentError: An unknown name, or one native filler of two.
+    """
+    if beside is not None and is_native(fill) != is_native(beside):
+        raise ArgumentError(
+            f"one filler is {NATIVE!r} and the other is not; expected both or none: pixels and "
+            "patches have rankings of their own. Call insertion_deletion twice."
+        )
+    known = isinstance(fill, Tensor) or is_native(fill) or fill in FILLS
+    if not known:
+        names = ", ".join(map(repr, FILLS))
+        raise ArgumentError(
+            f"fill is {fill!r}; expected one of {names}, {NATIVE!r}, or a tensor of pixels in "
+            "[0, 1] that broadcasts to the images."
+        )
+
+
+def make_filler(
+    fill: str | Tensor,
+    images: Images,
+    normalization: Normalization | None,
+    generator: torch.Generator | None,
+) -> Filler:
+    """Pixels in [0, 1] that broadcast to the images, in their precision.
+
+    Args:
+        fill: A key of `FILLS`, or pixels of the caller's own.
+        images: In [0, 1].
+        normalization: Of the model, where `predict` tells.
+        generator: For "random"; a new one with seed 0 if None.
+
+    Raises:
+        ArgumentError: "zero_normalised" without known statistics, or a tensor that does not
+            broadcast to the images or is not finite.
+    """
+    if isinstance(fill, Tensor):
+        return _of_caller(fill, images)
+    if fill == "mean":
+        return channel_means(images)
+    if fill == "zero_normalised":
+        return _mean_colour(images, normalization)
+    if fill == "blur":
+        return blurred(images)
+    if fill == "random":
+        generator = generator or torch.Generator().manual_seed(0)
+        drawn = torch.rand(images.shape, generator=generator, device=generator.device)
+        return drawn.to(images)
+    return images.new_zeros(1, images.shape[1], 1, 1)
+
+
+def channel_means(images: Images) -> Filler:
+    """Mean over the pixels, one an image and channel."""
+    return images.to(compute_dtype(images)).mean(dim=(2, 3), keepdim=True).to(images.dtype)
+
+
+def blurred(images: Images) -> Filler:
+    """The images under a Gaussian; pixels beyond the border repeat those at it.
+
+    References:
+        Petsiuk, Das & Saenko 2018, "RISE", who insert into such an image.
+    """
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
+    kernel = (-offsets.to(compute_dtype(images)).square() / (2 * BLUR_SIGMA**2)).exp()
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
+    padding = (BLUR_RADIUS,) * 4
+    padded = functional.pad(images.to(kernel.dtype), padding, mode="replicate")
+    rows = functional.conv2d(padded, kernel, groups=images.shape[1])
+    columns = functional.conv2d(rows, kernel.transpose(2, 3), groups=images.shape[1])
+    return columns.to(images.dtype)
+
+
+def describe(fill: str | Tensor) -> str:
+    """The filler in words, for the protocol."""
+    if isinstance(fill, Tensor):
+        return f"pixels given, tensor {tuple(fill.shape)} in [0, 1], before normalisation"
+    return FILLS[fill]
+
+
+def _of_caller(fill: Tensor, images: Images) -> Filler:
+    shape = tuple(fill.shape)
+    filler = fill[:, None, None] if fill.ndim == 1 else fill
+    while filler.ndim < 4:
+        filler = filler[None]
+    fits = filler.ndim == 4 and all(
+        own in (1, whole) for own, whole in zip(filler.shape, images.shape, strict=True)
+    )
+    if not fits or not fill.is_floating_point() or not torch.isfinite(fill).all():
+        raise ArgumentError(
+            f"fill is a tensor {shape} of {fill.dtype}; expected finite floats of shape [], [C], "
+            f"[C, H, W] or [B, C, H, W], each size 1 or that of the images {tuple(images.shape)}."
+        )
+    filler = filler.detach().to(images)
+    return filler.expand(-1, images.shape[1], -1, -1)
+
+
+def _mean_colour(images: Images, normalization: Normalization | None) -> Filler:
+    if normalization is None:
+        raise ArgumentError(
+            "fill='zero_normalised' needs the normalisation, which a plain function does not "
+            "tell; pass predict=shapwrap.metrics.predictor(model), or the colour as a tensor [C]."
+        )
+    if len(normalization.mean) != images.shape[1]:
+        raise ArgumentError(
+            f"the normalisation has {len(normalization.mean)} channels, the images "
+            f"{images.shape[1]}; expected the same number."
+        )
+    return images.new_tensor(normalization.mean)[None, :, None, None]
