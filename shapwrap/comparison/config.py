@@ -87,6 +87,9 @@ class MetricConfig:
     """Some columns."""
 
     name: str
+    """As in tables."""
+    metric: str = ""
+    """A known metric, or "module:function" of your own; the name if left out."""
     images: int | None = None
     """Only the first so many images, for a metric that costs much; all if null."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -139,7 +142,9 @@ class ComparisonConfig:
         for metric in self.metrics:
             _at_least_one(metric.images, f"metrics.{metric.name}.images")
         if self.figures.images < 0:
-            raise ConfigurationError(f"figures.images is {self.figures.images}; expected 0 or more.")
+            raise ConfigurationError(
+                f"figures.images is {self.figures.images}; expected 0 or more."
+            )
         names = [model.name for model in self.models]
         for method in self.methods:
             if method.models not in MODEL_GROUPS:
@@ -198,7 +203,10 @@ def parse_config(given: object) -> ComparisonConfig:
     methods = tuple(
         method if method.method else replace(method, method=method.name) for method in made.methods
     )
-    return replace(made, methods=methods)
+    metrics = tuple(
+        metric if metric.metric else replace(metric, metric=metric.name) for metric in made.metrics
+    )
+    return replace(made, methods=methods, metrics=metrics)
 
 
 def _items(values: Mapping[str, Any], name: str) -> Sequence[Any]:
@@ -227,8 +235,8 @@ def _metrics(given: Any) -> list[Any]:
     parts = []
     for name, options in mapping(given, "metrics").items():
         values = mapping(options, f"metrics.{name}")
-        images = {"images": values.pop("images")} if "images" in values else {}
-        parts.append({"name": name, "options": values, **images})
+        ours = {key: values.pop(key) for key in ("metric", "images") if key in values}
+        parts.append({"name": name, "options": values, **ours})
     return parts
 
 

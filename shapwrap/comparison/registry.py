@@ -51,11 +51,11 @@ METHODS = {
 }
 
 METRICS = {
-    "faithfulness": "shapwrap.comparison.faithful:Faithfulness",
-    "insertion_deletion": "shapwrap.comparison.faithful:InsertionDeletion",
-    "localisation": "shapwrap.comparison.located:LocalisationScores",
-    "shapley_truth": "shapwrap.comparison.truthful:ShapleyTruth",
-    "cost": "shapwrap.comparison.costing:ExplanationCost",
+    "faithfulness": "shapwrap.comparison.measures:faithfulness",
+    "insertion_deletion": "shapwrap.comparison.measures:insertion_deletion",
+    "localisation": "shapwrap.comparison.measures:localisation",
+    "shapley_truth": "shapwrap.comparison.truth:shapley_truth",
+    "cost": "shapwrap.comparison.measures:cost",
 }
 
 DATA = {

@@ -68,7 +68,7 @@ class Store:
         except (ValueError, TypeError) as error:
             self._notify(f"{name}: {path} is damaged ({error}) and is made again")
             return None
-        different = differences(piece.made_from, _plain(made_from))
+        different = differences(piece.made_from, as_json(made_from))
         if different:
             self._notify(f"{name}: made with other settings ({', '.join(different)}), made again")
             return None
@@ -77,19 +77,21 @@ class Store:
             return None
         return piece
 
-    def write(
-        self, *key: str, piece: Piece, tensors: Mapping[str, Tensor] | None = None
-    ) -> Piece:
+    def write(self, *key: str, piece: Piece, tensors: Mapping[str, Tensor] | None = None) -> Piece:
         """Put a piece in place; returns it as it will be read."""
         path = self.path(*key)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Old JSON beside new tensors would pass for a finished piece after a kill.
-        _with(path, ".json").unlink(missing_ok=True)
+        self.forget(*key)
         if tensors is not None:
             write_tensors(_with(path, ".safetensors"), tensors)
-        text = json.dumps(_plain(asdict(piece)), indent=2) + "\n"
+        text = json.dumps(as_json(asdict(piece)), indent=2) + "\n"
         write_atomically(_with(path, ".json"), text.encode())
         return Piece(**json.loads(text))
+
+    def forget(self, *key: str) -> None:
+        """The piece counts as not made."""
+        _with(self.path(*key), ".json").unlink(missing_ok=True)
 
     def tensors(self, *key: str) -> dict[str, Tensor]:
         """The tensors of a finished piece, on the CPU."""
@@ -104,13 +106,11 @@ class Store:
         """
         folder = _with(self.path(*key), ".unfinished")
         note = folder / "made_from.json"
-        begun = note.is_file() and not differences(
-            json.loads(note.read_text()), _plain(made_from)
-        )
+        begun = note.is_file() and not differences(json.loads(note.read_text()), as_json(made_from))
         if not begun:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_atomically(note, json.dumps(_plain(made_from)).encode())
+            write_atomically(note, json.dumps(as_json(made_from)).encode())
         return folder, begun
 
     def discard_working_folder(self, *key: str) -> None:
@@ -120,7 +120,7 @@ class Store:
 
 def digest(made_from: Mapping[str, Any]) -> str:
     """Short name of what something was made from."""
-    text = json.dumps(_plain(made_from), sort_keys=True)
+    text = json.dumps(as_json(made_from), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -172,14 +172,14 @@ def _with(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """As JSON gives it back: tuples are lists, a number that is not finite is null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [as_json(part) for part in value]
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, float):
         return value if torch.isfinite(torch.tensor(value)) else None
     if value is None or isinstance(value, str | int | bool):
