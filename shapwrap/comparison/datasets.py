@@ -191,11 +191,11 @@ class _Pets(Dataset[Any]):
         from torchvision.transforms import functional as vision
 
         image, (label, trimap) = self._pets[index]
-        pixels = vision.resize(image.convert("RGB"), list(self._size))
-        marks = vision.resize(trimap, list(self._size), vision.InterpolationMode.NEAREST)
+        pixels: Any = vision.resize(image.convert("RGB"), list(self._size))
+        marks: Any = vision.resize(trimap, list(self._size), vision.InterpolationMode.NEAREST)
         marks = vision.pil_to_tensor(marks)[0].long()
         mask = torch.where(marks == 3, -1, (marks == 1).long())
-        return Sample(vision.to_tensor(pixels), self.labels.index(label), mask)
+        return Sample(vision.pil_to_tensor(pixels).float() / 255, self.labels.index(label), mask)
 
 
 class _Mirrored(Dataset[Any]):

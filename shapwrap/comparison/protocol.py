@@ -22,10 +22,9 @@ def choose_device(name: str) -> torch.device:
         ConfigurationError: No such device here.
     """
     if name == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
-        return found or torch.device("cpu")
+        if not torch.accelerator.is_available():
+            return torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

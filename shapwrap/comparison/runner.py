@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,21 +146,15 @@ class Runner:
             return facts, tensors
 
         piece = self._piece(key, made_from, make)
-        name = {"model": config.name, "kind": config.kind, "method": method.name}
+        row = partial(MethodRow, config.name, config.kind, method.name, piece.status)
         if piece.status != "finished":
-            return MethodRow(**name, status=piece.status, reason=piece.reason)
+            return row(piece.reason)
         explanation = restore(self.store.tensors(*key), piece.result)
         outcomes = {
             metric.name: self._measure(config, method, metric, piece, explanation, bind)
             for metric in self.config.metrics
         }
-        return MethodRow(
-            **name,
-            status="finished",
-            metrics=outcomes,
-            facts=piece.result,
-            protocol=piece.protocol,
-        )
+        return row(metrics=outcomes, facts=piece.result, protocol=piece.protocol)
 
     def _bind(self, config: ModelConfig, method: MethodConfig) -> Method:
         return make_method(

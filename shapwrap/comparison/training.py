@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shapwrap.comparison.registry import load
-from shapwrap.comparison.schema import check_keys, from_mapping
+from shapwrap.comparison.schema import check_keys, convert, from_mapping
+from shapwrap.errors import ConfigurationError
 from shapwrap.training.config import TrainerConfig
 from shapwrap.wrapper import ShapleyWrapper
 
@@ -83,12 +84,7 @@ def _settings(stage: Mapping[str, Any], *, wrapped: bool, where: str) -> tuple[T
     known = ["batch_size", *(name for name in names if wrapped or name not in SHAPLEY)]
     check_keys(stage, known, where)
     values = dict(stage)
-    size = from_mapping(
-        _BatchSize, {k: values.pop(k) for k in ("batch_size",) if k in values}, where
-    )
-    return from_mapping(TrainerConfig, values, where), size.batch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class _BatchSize:
-    batch_size: int = 32
+    size = convert(int, values.pop("batch_size", 32), f"{where}.batch_size")
+    if size < 1:
+        raise ConfigurationError(f"{where}.batch_size is {size}; expected at least 1.")
+    return from_mapping(TrainerConfig, values, where), size
