@@ -15,15 +15,15 @@ from shapwrap.comparison.models import PreparedModel
 from shapwrap.comparison.registry import load
 from shapwrap.comparison.store import Store
 from shapwrap.comparison.summary import Measured, jackknife_error
-from shapwrap.errors import ConfigurationError, UnsupportedBackboneError
+from shapwrap.errors import ConfigurationError
 from shapwrap.explanation import Explanation
-from shapwrap.report import count_multiply_adds
 
 FAITHFULNESS = "shapwrap.metrics:faithfulness"
 INSERTION_DELETION = "shapwrap.metrics:insertion_deletion"
 PREDICTOR = "shapwrap.metrics:predictor"
 SEGMENTATION = "shapwrap.metrics:segmentation_statistics"
 POINTING = "shapwrap.metrics:pointing_game"
+COST = "shapwrap.metrics:cost"
 
 
 class Batch(NamedTuple):
@@ -186,27 +186,25 @@ def _mean_iou(sums: Tensor) -> float:
 def cost(subject: Subject) -> Measured:
     """What an explanation takes: forward passes of the same cost, and seconds.
 
-    Raises:
-        UnsupportedBackboneError: Nobody counts the model's operations.
+    Options are those of `shapwrap.metrics.cost`: `repeats` times it against a forward pass.
     """
-    module = subject.model.module
-    batch = next(iter(subject.batches()))
+    batch = next(subject.batches())
     image = subject.model.normalize(batch.images[:1])
     target = batch.explanation.target[:1].to(subject.device)
-    method = subject.bind()
-    forward = count_multiply_adds(module, lambda: module(image))
-    explained = count_multiply_adds(module, lambda: method(image, target))
-    if forward == 0:
-        raise UnsupportedBackboneError("the model's operations cannot be counted.")
+    found = load(COST)(subject.bind(), image, target, **subject.metric.options)
     images = int(subject.facts["images"])
+    summary = {
+        "forward_equivalents": float(found.forward_equivalents),
+        "seconds": float(subject.facts["seconds"]) / images,
+        "explainer_parameters": float(found.explainer_parameters),
+    }
+    if found.seconds_ratio is not None:
+        summary["seconds_ratio"] = float(found.seconds_ratio)
     return Measured(
-        summary={
-            "forward_equivalents": explained / forward,
-            "seconds": float(subject.facts["seconds"]) / images,
-        },
+        summary=summary,
         protocol={
-            "forward_equivalents": "multiply-adds of the explanation of one image, gradients "
-            "included, over those of its logits; training of the method is not counted",
+            "forward passes": "multiply-adds of the explanation of one image, gradients and the "
+            "logits included, over those of its logits; training of the method is not counted",
             "seconds": f"an image, mean of {images}, {subject.batch_size} at a time",
         },
     )

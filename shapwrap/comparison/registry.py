@@ -43,10 +43,10 @@ METHODS = {
     "attcat": MethodEntry("shapwrap.explainers:AttCAT", "all", "attentive class activation, ViT"),
     "tokentm": MethodEntry("shapwrap.explainers:TokenTM", "all", "token transformation, ViT"),
     "vit-shapley": MethodEntry(
-        "shapwrap.explainers.trained:ViTShapley", "all", "trained surrogate and explainer, ViT"
+        "shapwrap.explainers:ViTShapley", "all", "trained surrogate and explainer, ViT"
     ),
     "fastshap": MethodEntry(
-        "shapwrap.explainers.trained:FastSHAP", "all", "trained surrogate and explainer"
+        "shapwrap.explainers:FastSHAP", "all", "trained surrogate and explainer"
     ),
 }
 
