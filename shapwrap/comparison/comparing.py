@@ -9,7 +9,7 @@ from typing import Any
 from shapwrap.comparison.config import ComparisonConfig, parse_config, read_config, slug
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.comparison.figures import Strip, curve_figure, map_grid, save
-from shapwrap.comparison.maps import restore
+from shapwrap.comparison.maps import restore, rows_of
 from shapwrap.comparison.protocol import choose_device, describe_run
 from shapwrap.comparison.registry import DATA, find
 from shapwrap.comparison.results import Comparison, MethodRow, write_csv, write_json
@@ -39,8 +39,8 @@ def compare(
     was killed goes on where it stopped. What fails is recorded and the rest goes on: see
     `Comparison.failures`.
 
-    Writes `results.csv`, `results.json`, `tables.md`, `figures/maps-MODEL` and
-    `figures/curves-MODEL` (.pdf and .png).
+    Writes `results.csv`, `results.json`, `tables.md`, and figures of maps and curves of each model
+    and of all together (`figures/maps-MODEL`, `figures/curves-MODEL`, .pdf and .png).
 
     Args:
         config: A configuration, a mapping like one, or a YAML file.
@@ -88,36 +88,33 @@ def compare(
 
 
 def _draw(comparison: Comparison, data: ComparisonData, store: Store) -> None:
-    """Figures of every model that has maps."""
+    """Figures of every model that has maps, and of all of them together where there are several."""
     metrics = [metric.name for metric in comparison.config.metrics]
     count = min(comparison.config.figures.images, len(data))
-    shown = next(iter(data.batches(count, count))).image if count else None
-    for model in comparison.models:
-        rows = [r for r in comparison.rows if r.model == model.model and r.status == "finished"]
-        if not rows:
-            continue
-        name = slug(model.model)
-        curves = curve_figure(rows, metrics)
+    shown = next(iter(data.batches(count, count))) if count else None
+    explained = [row for row in comparison.rows if row.status == "finished"]
+    groups = {row.model: [r for r in explained if r.model == row.model] for row in explained}
+    if len(groups) > 1:
+        groups[""] = explained
+    for model, rows in groups.items():
+        ending = f"-{slug(model)}" if model else ""
+        wanted = metrics if comparison.config.figures.curves else []
+        curves = curve_figure(rows, wanted, several_models=not model)
         if curves is not None:
-            save(curves, comparison.out / "figures" / f"curves-{name}")
-        if shown is None:
-            continue
-        strips, labels = [], []
-        for row in rows:
-            strip, labels = _strip(row, store, data, count)
-            strips.append(strip)
-        save(map_grid(shown, labels, strips), comparison.out / "figures" / f"maps-{name}")
+            save(curves, comparison.out / "figures" / f"curves{ending}")
+        if shown is not None:
+            strips = [_strip(row, store, count, several_models=not model) for row in rows]
+            names = [_class_name(int(index), data.class_names) for index in shown.label]
+            figure = map_grid(shown.image, names, strips)
+            save(figure, comparison.out / "figures" / f"maps{ending}")
 
 
-def _strip(
-    row: MethodRow, store: Store, data: ComparisonData, count: int
-) -> tuple[Strip, list[str]]:
-    """Maps of the first images, and the classes explained."""
-    key = ("maps", row.model, row.method)
-    said = restore(store.tensors(*key), row.facts)
-    maps = said.heatmap()
-    names, classes = data.class_names, said.target[:count].tolist()
-    known = said.logits.shape[1] == len(names)
-    labels = [names[index] if known else f"class {index}" for index in classes]
-    limit = float(maps[:count].abs().max()) or 1.0
-    return Strip(row.method, maps[:count], limit), labels
+def _strip(row: MethodRow, store: Store, count: int, *, several_models: bool) -> Strip:
+    """Maps of the first images."""
+    said = restore(store.tensors("maps", row.model, row.method), row.facts)
+    title = f"{row.method}\n{row.model}" if several_models else row.method
+    return Strip.of(title, rows_of(said, 0, count).heatmap())
+
+
+def _class_name(index: int, names: list[str]) -> str:
+    return names[index] if 0 <= index < len(names) else ""

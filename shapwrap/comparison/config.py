@@ -101,7 +101,9 @@ class FigureConfig:
     """What is drawn."""
 
     images: int = 6
-    """Rows of the figure of maps."""
+    """Rows of the figure of maps; 0 for none."""
+    curves: bool = True
+    """Draw the curves of metrics that have some."""
 
 
 @dataclass(frozen=True)

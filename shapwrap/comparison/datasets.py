@@ -53,8 +53,14 @@ class ComparisonData:
         images = self.evaluation
         if limit is not None and limit < len(self):
             images = Subset(images, range(limit))
-        loader = DataLoader(images, size, num_workers=self.workers, collate_fn=_stacked)
-        yield from loader
+        yield from DataLoader(
+            images,
+            size,
+            num_workers=self.workers,
+            collate_fn=_stacked,
+            # Otherwise a loader moves the global random state on, although it draws nothing.
+            generator=torch.Generator().manual_seed(0),
+        )
 
     def training_batches(self, normalization: Normalization, size: int) -> DataLoader[Any]:
         """Shuffled batches of normalised images and labels."""

@@ -30,7 +30,14 @@ class Strip(NamedTuple):
     maps: Tensor
     """[rows, H, W]."""
     limit: float
-    """Of the colour scale."""
+    """Of the colour scale; stronger values have the colour of the limit."""
+
+    @classmethod
+    def of(cls, title: str, maps: Tensor) -> "Strip":
+        """With a limit that 0.5 % of the pixels exceed: few pixels would blacken all others."""
+        magnitudes = maps.abs().flatten().sort().values
+        limit = magnitudes[int(0.995 * (len(magnitudes) - 1))]
+        return cls(title, maps, float(limit) or float(magnitudes[-1]) or 1.0)
 
 
 def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> "Figure":
@@ -41,7 +48,7 @@ def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> 
 
     Args:
         images: Float [rows, 3, H, W] in [0, 1].
-        labels: What stands above each image: the class explained.
+        labels: What stands above each image: its class.
         strips: One a method.
 
     Raises:
@@ -78,8 +85,10 @@ def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> 
     return figure
 
 
-def curve_figure(rows: Sequence[MethodRow], metrics: Sequence[str]) -> "Figure | None":
-    """Curves of all methods on one model, one panel a curve, with a band of one standard error.
+def curve_figure(
+    rows: Sequence[MethodRow], metrics: Sequence[str], *, several_models: bool = False
+) -> "Figure | None":
+    """Curves of all methods, one panel a curve, with a band of one standard error.
 
     None where no metric has any.
 
@@ -95,7 +104,9 @@ def curve_figure(rows: Sequence[MethodRow], metrics: Sequence[str]) -> "Figure |
     )
     if not names:
         return None
-    figure = _figure_class()(figsize=(3.4 * len(names) + 1.4, 2.9), layout="constrained")
+    figure = _figure_class()(
+        figsize=(3.4 * len(names) + 1.4, max(2.9, 0.17 * len(rows))), layout="constrained"
+    )
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     colors = _colors(len(rows))
     for axes, (metric, name) in zip(panels, names, strict=True):
@@ -104,7 +115,8 @@ def curve_figure(rows: Sequence[MethodRow], metrics: Sequence[str]) -> "Figure |
             if curve is None:
                 continue
             x, y, error = (torch.tensor(curve[part]) for part in ("x", "y", "error"))
-            axes.plot(x.numpy(), y.numpy(), color=color, linewidth=1.1, label=row.method)
+            label = f"{row.model}: {row.method}" if several_models else row.method
+            axes.plot(x.numpy(), y.numpy(), color=color, linewidth=1.1, label=label)
             if not error.isnan().any():
                 axes.fill_between(
                     x.numpy(),

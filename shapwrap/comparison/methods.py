@@ -11,7 +11,7 @@ import torch
 from shapwrap.comparison.config import ComparisonConfig, MethodConfig, ModelConfig
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.comparison.models import PreparedModel, model_digest, training_data
-from shapwrap.comparison.registry import find_method, load
+from shapwrap.comparison.registry import METHODS, find_method, load
 from shapwrap.comparison.schema import check_keys, convert, mapping
 from shapwrap.comparison.store import Piece, Store
 from shapwrap.errors import ConfigurationError
@@ -27,7 +27,8 @@ GIVEN = ("model", "chunk_size", "generator", "config")
 def applies(method: MethodConfig, model: ModelConfig) -> bool:
     """Whether the configuration asks for this method on this model."""
     if method.models == "all":
-        return find_method(method.method).models in ("all", model.kind)
+        known = METHODS.get(method.method)
+        return known is None or known.models in ("all", model.kind)
     if method.models in ("plain", "wrapped"):
         return method.models == model.kind
     names = (method.models,) if isinstance(method.models, str) else method.models

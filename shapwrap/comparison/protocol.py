@@ -12,7 +12,7 @@ import torch
 from shapwrap._version import __version__
 from shapwrap.errors import ConfigurationError
 
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "captum", "torchmetrics")
+PACKAGES = ("torchvision", "timm", "accelerate", "captum", "torchmetrics")
 
 
 def choose_device(name: str) -> torch.device:
@@ -50,6 +50,7 @@ def describe_run(device: torch.device, command: str | None) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of everything that numbers depend on, where it is installed."""
     found = {"shapwrap": __version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

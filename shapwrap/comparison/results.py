@@ -148,7 +148,7 @@ def outcome_of(result: Mapping[str, Any], protocol: Mapping[str, Any]) -> Outcom
             name: {part: [number(v) for v in values] for part, values in curve.items()}
             for name, curve in result["curves"].items()
         },
-        protocol={**result["protocol"], **protocol},
+        protocol={**protocol, **result["protocol"]},
     )
 
 

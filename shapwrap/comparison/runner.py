@@ -217,7 +217,7 @@ class Runner:
         tensors = None
         warned: list[str] = []
         try:
-            with _collected_warnings(warned):
+            with _collected_warnings(warned), self._seeded():
                 made = make()
             result, tensors = made if isinstance(made, tuple) else (made, None)
             piece = Piece("finished", dict(made_from), result, protocol=self._recorded(warned))
@@ -234,6 +234,17 @@ class Runner:
         for warning in warned:
             self._notify(f"{name}: {warning}")
         return self.store.write(*key, piece=piece, tensors=tensors)
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Torch's random state is the seed's inside, for every piece, and the caller's outside.
+
+        What is resumed draws as it would have, also with methods that take no generator.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.config.seed)
+            yield
 
     def _recorded(self, warned: list[str]) -> dict[str, Any]:
         return {

@@ -163,7 +163,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) 
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-HIDDEN = ("command", "device", "versions", "date", "warnings", "traceback")
+HIDDEN = ("command", "device", "versions", "date", "warnings", "data", "chunk_size", "batch_size")
 
 
 def _protocol(protocol: dict[str, object]) -> str:
