@@ -184,10 +184,13 @@ def test_which_models_a_method_explains():
 # --- methods that learn ---------------------------------------------------------------------------
 
 
+SEVEN, THREE = TrainerConfig(epochs=7), TrainerConfig(epochs=3)
+
+
 @dataclasses.dataclass(frozen=True)
 class TwoStages:
-    first: TrainerConfig | None = TrainerConfig(epochs=7)
-    second: TrainerConfig = TrainerConfig(epochs=3)
+    first: TrainerConfig | None = SEVEN
+    second: TrainerConfig = THREE
     masks: int = 4
 
 
