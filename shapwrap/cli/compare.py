@@ -59,7 +59,7 @@ def _print_known() -> None:
     width = max(map(len, METHODS))
     lines = ["methods:"]
     for name, entry in METHODS.items():
-        models = " (wrapped models)" if entry.models == "wrapped" else ""
+        models = "" if entry.models == "all" else f" ({entry.models} models)"
         lines.append(f"  {name:<{width}}  {entry.title}{models}")
     lines += ["metrics:", *(f"  {name}" for name in METRICS)]
     lines += ["data:", *(f"  {name}" for name in DATA)]

@@ -13,7 +13,7 @@ class MethodEntry(NamedTuple):
     path: str
     """"module:class"."""
     models: str
-    """Which models it can explain at all: "all" or "wrapped"."""
+    """Which models it can explain at all: "all", "plain" or "wrapped"."""
     title: str
     """What it is, in a few words."""
 
@@ -43,7 +43,7 @@ METHODS = {
     "attcat": MethodEntry("shapwrap.explainers:AttCAT", "all", "attentive class activation, ViT"),
     "tokentm": MethodEntry("shapwrap.explainers:TokenTM", "all", "token transformation, ViT"),
     "vit-shapley": MethodEntry(
-        "shapwrap.explainers:ViTShapley", "all", "trained surrogate and explainer, ViT"
+        "shapwrap.explainers:ViTShapley", "plain", "trained surrogate and explainer, ViT"
     ),
     "fastshap": MethodEntry(
         "shapwrap.explainers:FastSHAP", "all", "trained surrogate and explainer"
