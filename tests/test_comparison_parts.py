@@ -12,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shapwrap.comparison import compare, parse_config, read_config
+from shapwrap.comparison import compare, measures, parse_config, read_config
 from shapwrap.comparison import config as configuration
-from shapwrap.comparison.datasets import UNTOUCHED, digits, folder, imagenette, pet
+from shapwrap.comparison.datasets import (
+    UNTOUCHED,
+    digits,
+    folder,
+    imagenet_s,
+    imagenet_segmentation,
+    imagenette,
+    pet,
+)
 from shapwrap.comparison.methods import applies, class_of, trained_config
 from shapwrap.comparison.registry import METHODS, find_method, load
 from shapwrap.comparison.results import Comparison, MethodRow, ModelRow, Outcome
@@ -386,6 +394,41 @@ def test_pets_with_some_of_the_breeds(tmp_path):
     assert torch.equal(batch.mask[0], expected)
     image, label = data.train[1][:2]
     assert image.shape == (3, 10, 15) and label == 1
+
+
+@pytest.mark.parametrize("kind", [imagenet_s, imagenet_segmentation])
+def test_segmentation_sets_have_no_labels_and_nothing_to_train_on(kind, monkeypatch, tmp_path):
+    class Pairs(torch.utils.data.Dataset):
+        def __init__(self, root, *, image_size, normalization, split="validation"):
+            assert (root, normalization, split) == ("somewhere", UNTOUCHED, "test")
+            self.size = image_size
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.full((3, *self.size), index / 4), torch.ones(self.size).long()
+
+    monkeypatch.setattr("shapwrap.comparison.datasets.load", lambda path: Pairs)
+    config = configuration.DataConfig(
+        "s", "somewhere", (48, 64), eval_images=2, options={"split": "test"}
+    )
+    data = kind(config, 0)
+    batch = next(data.batches(4))
+    assert (len(data), len(data.train), data.masks) == (2, 0, True)
+    assert batch.label.tolist() == [-1, -1] and batch.mask.shape == (2, 48, 64)
+    assert batch.image[:, 0, 0, 0].tolist() == [0.0, 0.5]
+    own = {"data": {"s": lambda config, seed: data}, "progress": False}
+    changes = {"data": {"kind": "s", "image_size": [48, 64]}, "metrics": ["cost"]}
+    model = {"name": "a", "model": "tests.test_comparison:TinyCNN", "grid": 2}
+    model |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    monkeypatch.setattr(measures, "COST", "tests.fake_metrics:cost")
+    settings = {**SMALL, **changes, "models": [model], "out": str(tmp_path)}
+    settings["figures"] = {"images": 1}
+    done = compare(settings, **own)
+    assert done.failures() == [] and done.models[0].accuracy is None
+    with pytest.raises(ConfigurationError, match="no images to train on"):
+        compare({**settings, "models": [{**model, "training": {"epochs": 1}}]}, **own)
 
 
 def test_data_that_is_not_there(tmp_path):

@@ -10,12 +10,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from shapwrap.backbones.base import Normalization
 from shapwrap.comparison.config import DataConfig
+from shapwrap.comparison.registry import load
 from shapwrap.data.digits import ClutteredDigits
 from shapwrap.data.folder import evenly_spread, image_transform, split_folder
 from shapwrap.errors import ConfigurationError
 
 UNTOUCHED = Normalization((0.0,) * 3, (1.0,) * 3)
 """Leaves pixels in [0, 1]."""
+
+
+IMAGENET_CLASSES = 1000
+"""What models say on images of ImageNet, whose segmentation sets have no labels of theirs."""
 
 
 class Sample(NamedTuple):
@@ -202,6 +207,48 @@ class _Pets(Dataset[Any]):
         marks = vision.pil_to_tensor(marks)[0].long()
         mask = torch.where(marks == 3, -1, (marks == 1).long())
         return Sample(vision.pil_to_tensor(pixels).float() / 255, self.labels.index(label), mask)
+
+
+class _Unlabelled(Dataset[Any]):
+    """Images and masks of a segmentation set, without a class."""
+
+    def __init__(self, pairs: Dataset[Any]):
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = self._pairs[index]
+        return Sample(image, -1, mask)
+
+
+def imagenet_s(config: DataConfig, seed: int) -> ComparisonData:
+    """ImageNet-S folders; options are those of `shapwrap.data.ImageNetS`."""
+    return _segmentation("shapwrap.data:ImageNetS", config)
+
+
+def imagenet_segmentation(config: DataConfig, seed: int) -> ComparisonData:
+    """The file `gtsegs_ijcv.mat`; `root` is the file."""
+    return _segmentation("shapwrap.data:ImageNetSegmentation", config)
+
+
+def _segmentation(path: str, config: DataConfig) -> ComparisonData:
+    """A set of images and masks, which nothing can be trained on."""
+    masked = load(path)(
+        _root(config),
+        image_size=config.image_size,
+        normalization=UNTOUCHED,
+        **config.options,
+    )
+    classes = [str(index) for index in range(IMAGENET_CLASSES)]
+    return ComparisonData(
+        Subset(masked, []),
+        _Unlabelled(evenly_spread(masked, config.eval_images)),
+        classes,
+        masks=True,
+        workers=config.workers,
+    )
 
 
 class _Mirrored(Dataset[Any]):

@@ -63,6 +63,8 @@ DATA = {
     "imagenette": "shapwrap.comparison.datasets:imagenette",
     "folder": "shapwrap.comparison.datasets:folder",
     "pet": "shapwrap.comparison.datasets:pet",
+    "imagenet-s": "shapwrap.comparison.datasets:imagenet_s",
+    "imagenet-segmentation": "shapwrap.comparison.datasets:imagenet_segmentation",
 }
 
 

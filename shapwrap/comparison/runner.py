@@ -22,7 +22,7 @@ from shapwrap.comparison.results import MethodRow, ModelRow, Outcome, outcome_of
 from shapwrap.comparison.scores import model_scores
 from shapwrap.comparison.store import Piece, Store, digest
 from shapwrap.comparison.training import check_training
-from shapwrap.errors import UnsupportedBackboneError
+from shapwrap.errors import ConfigurationError, UnsupportedBackboneError
 from shapwrap.explanation import Explanation
 
 
@@ -70,6 +70,11 @@ class Runner:
                 where=f"models.{model.name}.training",
             )
             self._shelf.made_from(model)
+            if model.training and not len(data.train):  # pyright: ignore[reportArgumentType]
+                raise ConfigurationError(
+                    f"models.{model.name} has training, and data of kind {config.data.kind!r} has "
+                    "no images to train on; give a checkpoint, or pretrained weights."
+                )
         self._classes = {m.name: class_of(m, own.get("methods", {})) for m in config.methods}
         self._metrics = {
             m.name: own.get("metrics", {}).get(m.metric) or find(m.metric, METRICS, "metric")
