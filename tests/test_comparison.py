@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from typer.testing import CliRunner
 
+from shapwrap import ShapleyWrapper
 from shapwrap.cli.app import app
 from shapwrap.comparison import Measured, Sample, compare, measures, training
 from shapwrap.comparison.datasets import ComparisonData
@@ -426,6 +427,34 @@ def test_other_weights_are_another_model(tmp_path):
     assert Counting.calls == 6
     assert any("files.checkpoint" in note or "model" in note for note in notes)
     assert numbers(first) != numbers(again)
+
+
+def test_a_model_that_starts_from_another(tmp_path):
+    vit = {"model": "tests.test_comparison:tiny_vit"}
+    models = [
+        {"name": "plain", **vit, "training": {"epochs": 1, "batch_size": 4}},
+        {"name": "ours", **vit, "kind": "wrapped", "start": "plain"},
+    ]
+    changes = {"models": models, "methods": ["random", "shapley"], "metrics": ["cost"]}
+    done = run(tmp_path, **changes)
+    assert done.failures() == []
+    trained = load_file(tmp_path / "models" / "plain.safetensors")
+    wrapped = ShapleyWrapper(tiny_vit(10, (48, 64)))
+    wrapped.model.load_state_dict(trained)
+    said = load_file(tmp_path / "maps" / "ours" / "shapley.safetensors")
+    mean, std = (torch.tensor(STATISTICS[name])[:, None, None] for name in ("mean", "std"))
+    images = torch.stack([sample.image for sample in compare_data(tmp_path)])
+    expected = wrapped.explain((images - mean) / std)
+    assert torch.allclose(said["values"], expected.values, atol=1e-5)
+    # Another training of the first one changes the second one too.
+    models[0]["training"]["epochs"] = 2
+    notes = []
+    run(tmp_path, notes, **changes)
+    assert any("maps / ours / shapley" in note and "model" in note for note in notes)
+    models[1]["model"] = "tests.test_comparison:TinyCNN"
+    models[1].update(STATISTICS)
+    failures = run(tmp_path, **changes).failures()
+    assert len(failures) == 1 and "expected the same model" in failures[0]
 
 
 # --- what does not work ---------------------------------------------------------------------------

@@ -83,6 +83,8 @@ def test_defaults_and_short_forms():
             ("models.a", "expected one source"),
         ),
         ({"models": [{"name": "a", "checkpoint": "x", "training": {}}]}, ("is finished",)),
+        ({"models": ["a", {"name": "b", "start": "c"}]}, ("b.start: unknown key 'c'", "Known: a")),
+        ({"models": [{"name": "b", "start": "a"}, "a"]}, ("Known: none",)),
         ({"methods": [{"name": "m", "models": ["b"]}]}, ("unknown key 'b'", "resnet18")),
         ({"methods": [{"method": "random"}]}, ("methods[0] has no 'name'",)),
         ({"metrics": 3}, ("metrics is 3",)),

@@ -52,6 +52,8 @@ class ModelConfig:
     """Pretrained weights of the library's hub."""
     checkpoint: str | None = None
     """File of finished weights, classifier included."""
+    start: str | None = None
+    """Name of a plain model above, whose trained weights this one starts from."""
     num_classes: int | None = None
     """Classes of the model; those of the data if null."""
     grid: Pair | None = None
@@ -152,8 +154,11 @@ class ComparisonConfig:
             if method.models not in MODEL_GROUPS:
                 asked = (method.models,) if isinstance(method.models, str) else method.models
                 check_keys(asked, [*names, *MODEL_GROUPS], f"methods.{method.name}.models")
-        for model in self.models:
+        for index, model in enumerate(self.models):
             _check_model(model)
+            if model.start is not None:
+                above = [other.name for other in self.models[:index] if other.kind == "plain"]
+                check_keys([model.start], above, f"models.{model.name}.start")
 
 
 def slug(label: str) -> str:
@@ -244,9 +249,11 @@ def _metrics(given: Any) -> list[Any]:
 
 def _check_model(model: ModelConfig) -> None:
     where = f"models.{model.name}"
-    if sum((model.weights is not None, model.pretrained, model.checkpoint is not None)) > 1:
+    sources = (model.weights, model.checkpoint, model.start, model.pretrained or None)
+    if sum(source is not None for source in sources) > 1:
         raise ConfigurationError(
-            f"{where} has more than one of weights, pretrained and checkpoint; expected one source."
+            f"{where} has more than one of weights, pretrained, checkpoint and start; expected one "
+            "source."
         )
     if model.checkpoint is not None and model.training:
         raise ConfigurationError(

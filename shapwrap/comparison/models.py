@@ -98,8 +98,10 @@ class ModelShelf:
                         "(.safetensors or .pth)."
                     )
                 files[key] = file_digest(path)
+        start = None if model.start is None else digest(self.made_from(self._named(model.start)))
         return {
             "model": settings,
+            "start": start,
             "files": files,
             "data": training_data(self._config) if model.training else None,
             "image_size": self._config.data.image_size,
@@ -119,7 +121,10 @@ class ModelShelf:
         self._loaded = None
         made_from = self.made_from(model)
         key = ("models", model.name)
-        module = self.build(model)
+        state = None
+        if model.start is not None:
+            state = self.get(self._named(model.start), progress).module.state_dict()
+        module = self.build(model, state)
         normalization = normalization_of(model, module)
         piece = self._store.read(*key, made_from=made_from)
         if piece is None:
@@ -145,8 +150,17 @@ class ModelShelf:
         self._loaded = PreparedModel(model, module, normalization, made_from, piece.result)
         return self._loaded
 
-    def build(self, model: ModelConfig) -> nn.Module:
+    def _named(self, name: str) -> ModelConfig:
+        return next(model for model in self._config.models if model.name == name)
+
+    def build(
+        self, model: ModelConfig, start: Mapping[str, torch.Tensor] | None = None
+    ) -> nn.Module:
         """The model before training; a new classifier is drawn from the seed.
+
+        Args:
+            model: Which one.
+            start: Weights of the plain model that it starts from.
 
         Raises:
             ShapwrapError: It cannot be built so.
@@ -155,6 +169,8 @@ class ModelShelf:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)
             module = self._bare(model, classes)
+            if start is not None:
+                self._load_start(model, module, start)
             if model.kind == "wrapped" and not isinstance(module, ShapleyWrapper):
                 known = classes == len(self._data.class_names)
                 module = ShapleyWrapper(
@@ -171,6 +187,17 @@ class ModelShelf:
         if model.checkpoint is not None:
             load_weights(module, Path(model.checkpoint))
         return module
+
+    def _load_start(
+        self, model: ModelConfig, module: nn.Module, start: Mapping[str, torch.Tensor]
+    ) -> None:
+        try:
+            module.load_state_dict(dict(start))
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"models.{model.name} starts from {model.start!r}, whose weights are of another "
+                f"model ({error}); expected the same model."
+            ) from error
 
     def _bare(self, model: ModelConfig, classes: int) -> nn.Module:
         size = self._config.data.image_size
