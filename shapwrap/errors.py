@@ -71,3 +71,7 @@ class MissingDependencyError(ShapwrapError, ImportError):
 
 class TrainingError(ShapwrapError, RuntimeError):
     """Training cannot start, or has to stop."""
+
+
+class ConfigurationError(ShapwrapError, ValueError):
+    """A configuration file says something that cannot be meant."""

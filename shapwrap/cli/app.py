@@ -1,4 +1,4 @@
-"""Commands: inspect, demo, train, explain, zoo."""
+"""Commands: inspect, demo, train, explain, compare, zoo."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich.console import Console
 
 from shapwrap._version import __version__
 from shapwrap.cli import demo as demonstration
+from shapwrap.cli.compare import compare
 from shapwrap.cli.explain_images import explain_images
 from shapwrap.cli.run_folder import ModelSettings, build_model, wrap_model
 from shapwrap.cli.train_folder import TrainRequest, train_folder
@@ -151,6 +152,7 @@ def explain(
         console.print(line, soft_wrap=True)
 
 
+app.command()(compare)
 app.command()(zoo)
 
 

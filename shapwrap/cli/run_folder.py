@@ -5,13 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from shapwrap.backbones.base import Normalization
+from shapwrap.data.by_name import build_by_name, load_weights
 from shapwrap.errors import ArgumentError
 from shapwrap.wrapper import ShapleyWrapper
 
@@ -49,91 +47,13 @@ def build_model(
     Raises:
         ArgumentError: An unknown name, or weights that do not fit.
     """
-    if weights is not None and pretrained:
-        raise ArgumentError("--weights and --pretrained were both given; expected one of them.")
-    _check_file(weights)
-    if settings.name.startswith("torchvision:"):
-        return _build_torchvision(settings, weights, pretrained)
-    if not timm.is_model(settings.name):
-        close = timm.list_models(f"*{settings.name.split('_')[0]}*")[:5]
-        raise ArgumentError(
-            f"{settings.name!r} is no timm model; expected one of timm.list_models(), for example "
-            f"{', '.join(close) or 'resnet50'}, or torchvision:NAME."
-        )
-    options: dict[str, Any] = {"pretrained": pretrained}
-    if settings.num_classes is not None:
-        options["num_classes"] = settings.num_classes
-    if weights is not None:
-        options |= {
-            "pretrained": True,
-            "pretrained_cfg_overlay": {"file": str(weights), "custom_load": False},
-        }
-    try:
-        if settings.image_size is not None:
-            try:
-                return timm.create_model(settings.name, img_size=settings.image_size, **options)
-            except TypeError:
-                # Convolutional models have no img_size: they take any.
-                pass
-        return timm.create_model(settings.name, **options)
-    except RuntimeError as error:
-        raise ArgumentError(f"{settings.name} cannot be built so: {error}") from error
-
-
-def _build_torchvision(
-    settings: ModelSettings, weights: Path | None, pretrained: bool
-) -> nn.Module:
-    name = settings.name.removeprefix("torchvision:")
-    if name not in torchvision.models.list_models(torchvision.models):
-        raise ArgumentError(
-            f"{name!r} is no torchvision classifier; see torchvision.models.list_models()."
-        )
-    options = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
-    model = torchvision.models.get_model(name, **options)
-    if weights is not None:
-        _load_fitting(model, _read_state(weights), str(weights))
-    elif pretrained:
-        state = torchvision.models.get_model_weights(name)["DEFAULT"].get_state_dict()  # pyright: ignore[reportIndexIssue]
-        _load_fitting(model, dict(state), f"torchvision's weights of {name}")
-    return model
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict from a .safetensors or torch file.
-
-    Raises:
-        ArgumentError: The file is missing or does not fit.
-    """
-    _load_state(model, _read_state(path), str(path))
-
-
-def _load_fitting(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load all but a classifier of another number of classes, which stays as it was made."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    own = model.state_dict()
-    for name in (f"{linear[-1]}.weight", f"{linear[-1]}.bias") if linear else ():
-        if name in state and state[name].shape != own[name].shape:
-            state[name] = own[name]
-    _load_state(model, state, source)
-
-
-def _load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ArgumentError(f"{source} does not fit {type(model).__name__}: {error}") from error
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    _check_file(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _check_file(path: Path | None) -> None:
-    if path is not None and not path.is_file():
-        raise ArgumentError(f"{path} is no file; expected weights (.safetensors or .pth).")
+    return build_by_name(
+        settings.name,
+        num_classes=settings.num_classes,
+        image_size=settings.image_size,
+        weights=weights,
+        pretrained=pretrained,
+    )
 
 
 def save_run(folder: Path, settings: ModelSettings, wrapped: ShapleyWrapper | None = None) -> None:

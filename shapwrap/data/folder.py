@@ -1,10 +1,9 @@
 """Labelled image folders: one folder a class, as torchvision's ImageFolder reads them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -79,35 +78,59 @@ def load_folder(
     Raises:
         ArgumentError: There are no images where they are expected.
     """
+    augmented = image_transform(size, normalization, augment=True)
+    plain = image_transform(size, normalization, augment=False)
+    train, validation, class_names = split_folder(folder, augmented, plain)
+    if limit is not None:
+        train = evenly_spread(train, limit)
+    return FolderData(
+        DataLoader(train, batch_size=batch_size, shuffle=True, num_workers=workers),
+        DataLoader(validation, batch_size=batch_size, num_workers=workers),
+        class_names,
+    )
+
+
+def split_folder(
+    folder: str | Path, augmented: transforms.Compose, plain: transforms.Compose
+) -> tuple[Dataset[Any], Dataset[Any], list[str]]:
+    """Training images, validation images and class names; see `load_folder`.
+
+    Args:
+        folder: One folder a class, of images.
+        augmented: Transform of training images.
+        plain: Transform of validation images.
+
+    Raises:
+        ArgumentError: There are no images where they are expected.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise ArgumentError(f"{root} is no folder; expected one folder a class, of images.")
-    augmented = image_transform(size, normalization, augment=True)
-    plain = image_transform(size, normalization, augment=False)
     held_out = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
-    if (root / "train").is_dir() and held_out:
-        train = _open(root / "train", augmented)
-        validation = _open(held_out[0], plain)
-        if train.classes != validation.classes:
-            raise ArgumentError(
-                f"{root / 'train'} has the classes {train.classes}, {held_out[0]} has "
-                f"{validation.classes}; expected the same."
-            )
-        parts = (train, validation)
-        indices: Sequence[int] = range(len(train))
-    else:
+    if not (root / "train").is_dir() or not held_out:
         train = _open(root, augmented)
-        indices = [index for index in range(len(train)) if index % 5]
-        parts = (train, Subset(_open(root, plain), range(0, len(train), 5)))
-    if limit is not None and limit < len(indices):
-        indices = [indices[i * len(indices) // limit] for i in range(limit)]
-    return FolderData(
-        DataLoader(
-            Subset(parts[0], indices), batch_size=batch_size, shuffle=True, num_workers=workers
-        ),
-        DataLoader(parts[1], batch_size=batch_size, num_workers=workers),
-        train.classes,
-    )
+        kept = [index for index in range(len(train)) if index % 5]
+        return (
+            Subset(train, kept),
+            Subset(_open(root, plain), range(0, len(train), 5)),
+            train.classes,
+        )
+    train = _open(root / "train", augmented)
+    validation = _open(held_out[0], plain)
+    if train.classes != validation.classes:
+        raise ArgumentError(
+            f"{root / 'train'} has the classes {train.classes}, {held_out[0]} has "
+            f"{validation.classes}; expected the same."
+        )
+    return train, validation, train.classes
+
+
+def evenly_spread(images: Dataset[Any], limit: int | None) -> Dataset[Any]:
+    """At most `limit` images, spread over the order of the whole, which is often by class."""
+    total = len(images)  # pyright: ignore[reportArgumentType]
+    if limit is None or limit >= total:
+        return images
+    return Subset(images, [index * total // limit for index in range(limit)])
 
 
 def _open(folder: Path, transform: transforms.Compose) -> ImageFolder:

@@ -1,0 +1,288 @@
+"""Data sets of a comparison: images in [0, 1], labels and, where known, where the object is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from shapwrap.backbones.base import Normalization
+from shapwrap.comparison.config import DataConfig
+from shapwrap.comparison.registry import load
+from shapwrap.data.digits import ClutteredDigits
+from shapwrap.data.folder import evenly_spread, image_transform, split_folder
+from shapwrap.errors import ConfigurationError
+
+UNTOUCHED = Normalization((0.0,) * 3, (1.0,) * 3)
+"""Leaves pixels in [0, 1]."""
+
+
+IMAGENET_CLASSES = 1000
+"""What models say on images of ImageNet, whose segmentation sets have no labels of theirs."""
+
+
+class Sample(NamedTuple):
+    """One image, or a batch of them."""
+
+    image: Tensor
+    """Float [3, H, W] in [0, 1]."""
+    label: Any
+    """Index of the class."""
+    mask: Tensor | None = None
+    """Int64 [H, W]: 1 on the object, 0 on the background, -1 where nobody says."""
+
+
+@dataclass(frozen=True)
+class ComparisonData:
+    """What models train on and what is explained."""
+
+    train: Dataset[Any]
+    """Pairs of an image in [0, 1], augmented, and its label."""
+    evaluation: Dataset[Any]
+    """`Sample`s."""
+    class_names: list[str]
+    masks: bool = False
+    """Whether samples have masks."""
+    workers: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What was loaded, for the record."""
+
+    def __len__(self) -> int:
+        """Number of images that are explained."""
+        return len(self.evaluation)  # pyright: ignore[reportArgumentType]
+
+    def batches(self, size: int, limit: int | None = None) -> Iterator[Sample]:
+        """The images to explain, always in the same order."""
+        images = self.evaluation
+        if limit is not None and limit < len(self):
+            images = Subset(images, range(limit))
+        yield from DataLoader(
+            images,
+            size,
+            num_workers=self.workers,
+            collate_fn=_stacked,
+            # Otherwise a loader moves the global random state on, although it draws nothing.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def training_batches(self, normalization: Normalization, size: int) -> DataLoader[Any]:
+        """Shuffled batches of normalised images and labels."""
+        return DataLoader(
+            _Normalized(self.train, normalization), size, shuffle=True, num_workers=self.workers
+        )
+
+
+class _Normalized(Dataset[Any]):
+    """Images as one model wants them."""
+
+    def __init__(self, images: Dataset[Any], normalization: Normalization):
+        self._images = images
+        self._mean, self._std = (torch.tensor(part)[:, None, None] for part in normalization)
+
+    def __len__(self) -> int:
+        return len(self._images)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._images[index][:2]
+        return (image - self._mean) / self._std, label
+
+
+class _Samples(Dataset[Any]):
+    """Pairs as samples without a mask."""
+
+    def __init__(self, pairs: Dataset[Any]):
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Sample:
+        image, label = self._pairs[index]
+        return Sample(image, label)
+
+
+def _stacked(samples: list[Sample]) -> Sample:
+    masks = [sample.mask for sample in samples if sample.mask is not None]
+    return Sample(
+        torch.stack([sample.image for sample in samples]),
+        torch.tensor([int(sample.label) for sample in samples]),
+        torch.stack(masks) if masks else None,
+    )
+
+
+# --- kinds of data --------------------------------------------------------------------------------
+
+
+class _Scenes(Dataset[Any]):
+    def __init__(self, split: str, count: int, config: DataConfig, seed: int):
+        size = config.image_size
+        self._digits = ClutteredDigits(
+            split, num_images=count, image_size=size, seed=seed, **config.options
+        )
+
+    def __len__(self) -> int:
+        return len(self._digits)
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = self._digits.scene(index)
+        mean, std = (torch.tensor(part)[:, None, None] for part in ClutteredDigits.normalization)
+        return Sample((scene.image * std + mean).clamp(0, 1), scene.label, scene.evidence.long())
+
+
+def digits(config: DataConfig, seed: int) -> ComparisonData:
+    """The embedded digits among clutter; the digit's strokes are the object."""
+    train = _Scenes("train", config.train_images or 1000, config, seed)
+    evaluation = _Scenes("test", config.eval_images or 200, config, seed)
+    return ComparisonData(train, evaluation, list(ClutteredDigits.class_names), masks=True)
+
+
+def imagenette(config: DataConfig, seed: int) -> ComparisonData:
+    """Ten classes of ImageNet; `root` holds imagenette2-160."""
+    from torchvision.datasets import Imagenette
+
+    options = {"size": "160px", **config.options}
+    parts = []
+    for split, augment in (("train", True), ("val", False)):
+        transform = image_transform(config.image_size, UNTOUCHED, augment=augment)
+        try:
+            parts.append(Imagenette(_root(config), split=split, transform=transform, **options))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"data.root {config.root!r} cannot be read as Imagenette ({error}); expected a "
+                "folder that holds imagenette2-160."
+            ) from error
+    names = [synonyms[0] for synonyms in parts[0].classes]
+    return _of_pairs(parts[0], parts[1], names, config)
+
+
+def folder(config: DataConfig, seed: int) -> ComparisonData:
+    """One folder a class, of images; with train/ and val/ or without, as `shapwrap train` reads."""
+    augmented, plain = (
+        image_transform(config.image_size, UNTOUCHED, augment=augment) for augment in (True, False)
+    )
+    train, validation, names = split_folder(_root(config), augmented, plain)
+    return _of_pairs(train, validation, names, config)
+
+
+def _of_pairs(
+    train: Dataset[Any], validation: Dataset[Any], names: list[str], config: DataConfig
+) -> ComparisonData:
+    return ComparisonData(
+        evenly_spread(train, config.train_images),
+        _Samples(evenly_spread(validation, config.eval_images)),
+        names,
+        workers=config.workers,
+    )
+
+
+class _Pets(Dataset[Any]):
+    """Images stretched to the size, without a crop, so that image and trimap agree."""
+
+    def __init__(self, root: str, split: str, config: DataConfig):
+        from torchvision.datasets import OxfordIIITPet
+
+        try:
+            self._pets = OxfordIIITPet(root, split=split, target_types=["category", "segmentation"])
+        except RuntimeError as error:
+            raise ConfigurationError(
+                f"data.root {config.root!r} cannot be read as Oxford-IIIT Pet ({error}); expected "
+                "a folder that holds oxford-iiit-pet."
+            ) from error
+        self._size = config.image_size
+        # A subset of the breeds keeps the numbers of the whole; a classifier wants 0 to K - 1.
+        self.labels = sorted(set(self._pets._labels))
+        self.class_names = list(self._pets.classes)
+
+    def __len__(self) -> int:
+        return len(self._pets)
+
+    def __getitem__(self, index: int) -> Sample:
+        from torchvision.transforms import functional as vision
+
+        image, (label, trimap) = self._pets[index]
+        pixels: Any = vision.resize(image.convert("RGB"), list(self._size))
+        marks: Any = vision.resize(trimap, list(self._size), vision.InterpolationMode.NEAREST)
+        marks = vision.pil_to_tensor(marks)[0].long()
+        mask = torch.where(marks == 3, -1, (marks == 1).long())
+        return Sample(vision.pil_to_tensor(pixels).float() / 255, self.labels.index(label), mask)
+
+
+class _Unlabelled(Dataset[Any]):
+    """Images and masks of a segmentation set, without a class."""
+
+    def __init__(self, pairs: Dataset[Any]):
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Sample:
+        image, mask = self._pairs[index]
+        return Sample(image, -1, mask)
+
+
+def imagenet_s(config: DataConfig, seed: int) -> ComparisonData:
+    """ImageNet-S folders; options are those of `shapwrap.data.ImageNetS`."""
+    return _segmentation("shapwrap.data:ImageNetS", config)
+
+
+def imagenet_segmentation(config: DataConfig, seed: int) -> ComparisonData:
+    """The file `gtsegs_ijcv.mat`; `root` is the file."""
+    return _segmentation("shapwrap.data:ImageNetSegmentation", config)
+
+
+def _segmentation(path: str, config: DataConfig) -> ComparisonData:
+    """A set of images and masks, which nothing can be trained on."""
+    masked = load(path)(
+        _root(config),
+        image_size=config.image_size,
+        normalization=UNTOUCHED,
+        **config.options,
+    )
+    classes = [str(index) for index in range(IMAGENET_CLASSES)]
+    return ComparisonData(
+        Subset(masked, []),
+        _Unlabelled(evenly_spread(masked, config.eval_images)),
+        classes,
+        masks=True,
+        workers=config.workers,
+    )
+
+
+class _Mirrored(Dataset[Any]):
+    """Random mirroring: what leaves a trimap's frame alone."""
+
+    def __init__(self, samples: Dataset[Any]):
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._samples[index]
+        mirrored = sample.image.flip(-1) if torch.rand(()) < 0.5 else sample.image
+        return Sample(mirrored, sample.label)
+
+
+def pet(config: DataConfig, seed: int) -> ComparisonData:
+    """Cats and dogs with trimaps; `root` holds oxford-iiit-pet; the border counts as unlabelled."""
+    train, test = (_Pets(_root(config), split, config) for split in ("trainval", "test"))
+    if train.labels != test.labels:
+        raise ConfigurationError(
+            f"{config.root!r} has other breeds for training than for testing; expected the same."
+        )
+    return ComparisonData(
+        _Mirrored(evenly_spread(train, config.train_images)),
+        evenly_spread(test, config.eval_images),
+        train.class_names,
+        masks=True,
+        workers=config.workers,
+    )
+
+
+def _root(config: DataConfig) -> str:
+    if config.root is None:
+        raise ConfigurationError(f"data of kind {config.kind!r} needs root, the folder it lies in.")
+    return config.root

@@ -1,0 +1,167 @@
+"""Figures of a comparison: maps of every method on the same images, and curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shapwrap.comparison.results import MethodRow
+from shapwrap.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOR_MAP = "RdBu_r"
+
+CURVES = {
+    "aopc": ("share of cells removed", "drop of probability"),
+    "log_odds": ("share of cells removed", "change of log-probability"),
+    "insertion": ("share of cells inserted", "probability"),
+    "deletion": ("share of cells deleted", "probability"),
+}
+
+
+class Strip(NamedTuple):
+    """The maps of one method."""
+
+    title: str
+    maps: Tensor
+    """[rows, H, W]."""
+    limit: float
+    """Of the colour scale; stronger values have the colour of the limit."""
+
+    @classmethod
+    def of(cls, title: str, maps: Tensor) -> "Strip":
+        """With a limit that 0.5 % of the pixels exceed: few pixels would blacken all others."""
+        magnitudes = maps.abs().flatten().sort().values
+        limit = magnitudes[int(0.995 * (len(magnitudes) - 1))]
+        return cls(title, maps, float(limit) or float(magnitudes[-1]) or 1.0)
+
+
+def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> "Figure":
+    """A figure with images as rows and methods as columns.
+
+    Colours diverge around 0, red for the class and blue against it. A method has one scale for all
+    its images, written above its column: units differ between methods, so scales must.
+
+    Args:
+        images: Float [rows, 3, H, W] in [0, 1].
+        labels: What stands above each image: its class.
+        strips: One a method.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure_class = _figure_class()
+    rows, columns = len(images), len(strips) + 1
+    aspect = images.shape[-2] / images.shape[-1]
+    figure = figure_class(
+        figsize=(1.25 * columns + 0.2, (1.25 * aspect + 0.18) * rows + 0.45), layout="constrained"
+    )
+    axes_of = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        axes_of[row][0].imshow(images[row].permute(1, 2, 0).numpy())
+        axes_of[row][0].set_title(labels[row][:24], fontsize=6, pad=2)
+        grey = images[row].mean(dim=0).numpy() * 0.8 + 0.1
+        for column, strip in enumerate(strips, start=1):
+            axes = axes_of[row][column]
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
+            # Weak values leave the picture visible, strong ones colour it.
+            opacity = (strip.maps[row].abs() / strip.limit).clamp(0, 1).sqrt() * 0.85
+            axes.imshow(
+                strip.maps[row].numpy(),
+                cmap=COLOR_MAP,
+                vmin=-strip.limit,
+                vmax=strip.limit,
+                alpha=opacity.numpy(),
+                interpolation="nearest",
+            )
+            if row == 0:
+                axes.set_title(f"{strip.title}\n± {strip.limit:.2g}", fontsize=6, pad=2)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    return figure
+
+
+def curve_figure(
+    rows: Sequence[MethodRow], metrics: Sequence[str], *, several_models: bool = False
+) -> "Figure | None":
+    """Curves of all methods, one panel a curve, with a band of one standard error.
+
+    None where no metric has any.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    names = dict.fromkeys(
+        (metric, name)
+        for row in rows
+        for metric in metrics
+        if metric in row.metrics
+        for name in row.metrics[metric].curves
+    )
+    if not names:
+        return None
+    figure = _figure_class()(
+        figsize=(3.4 * len(names) + 1.4, max(2.9, 0.17 * len(rows))), layout="constrained"
+    )
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    colors = _colors(len(rows))
+    for axes, (metric, name) in zip(panels, names, strict=True):
+        for row, color in zip(rows, colors, strict=True):
+            curve = row.metrics[metric].curves.get(name) if metric in row.metrics else None
+            if curve is None:
+                continue
+            x, y, error = (torch.tensor(curve[part]) for part in ("x", "y", "error"))
+            label = f"{row.model}: {row.method}" if several_models else row.method
+            axes.plot(x.numpy(), y.numpy(), color=color, linewidth=1.1, label=label)
+            if not error.isnan().any():
+                axes.fill_between(
+                    x.numpy(),
+                    (y - error).numpy(),
+                    (y + error).numpy(),
+                    color=color,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        across, up = CURVES.get(name, ("share of cells", name))
+        axes.set_xlabel(across, fontsize=8)
+        axes.set_ylabel(up, fontsize=8)
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.tick_params(labelsize=7)
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", fontsize=7, frameon=False
+    )
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """`path`.pdf, with text and lines as vectors, and `path`.png."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ("pdf", "png"):
+        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=200)
+
+
+def _colors(count: int) -> list[tuple[float, ...]]:
+    from matplotlib import colormaps
+
+    table = colormaps["tab10" if count <= 10 else "tab20"]
+    return [table(index % table.N) for index in range(count)]
+
+
+def _figure_class() -> "type[Figure]":
+    try:
+        # Figure alone: pyplot would keep every figure alive and choose a window system.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "figures need matplotlib; run: pip install 'shapwrap[plot]'"
+        ) from error
+    return Figure
