@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
-from shapwrap.metrics.flops import count_operations
+from shapwrap.flops import count_operations
 
 MethodCall = Callable[..., Any]
 """Images and a target in, an explanation out: `explainer(images, target)`."""
