@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from shapwrap import ShapleyWrapper
 from shapwrap.explainers import CheferLRP
-from shapwrap.explainers.relevance import Tape, fused
+from shapwrap.explainers.relevance import Tape
 from tests.backbones import NUM_CLASSES, make_case
 from tests.small_vits import GRID, PARTS, as_torchvision, random_images, relative, vit
 
@@ -101,15 +101,14 @@ def test_unfused_attention_equals_torch(mask):
     given = torch.rand(2, 1, 5, 5) > 0.3
     given[..., 0] = True
     masks = {None: None, "bool": given, "float": torch.randn(5, 5).double()}
-    torch.testing.assert_close(
-        fused.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
-        functional.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
-    )
-    causal = {"is_causal": True}
-    torch.testing.assert_close(
-        fused.scaled_dot_product_attention(q, k, v, **causal),
-        functional.scaled_dot_product_attention(q, k, v, **causal),
-    )
+    for options in ({"attn_mask": masks[mask], "scale": 0.3}, {"is_causal": True}):
+        expected = functional.scaled_dot_product_attention(q, k, v, **options)
+        query = q.clone().requires_grad_()
+        with Tape(query) as tape:
+            ours = functional.scaled_dot_product_attention(query, k, v, **options)
+        assert tape.is_live(ours)
+        assert any(operation.name == "softmax" for operation in tape.operations)
+        torch.testing.assert_close(ours, expected)
     layer = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
     tokens = torch.randn(2, 5, 12, dtype=torch.float64)
     forbidden = {None: None, "bool": ~given[0, 0], "float": masks["float"]}[mask]
