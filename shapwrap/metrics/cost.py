@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.flops import count_operations
@@ -63,8 +64,7 @@ def cost(
     Raises:
         ArgumentError: The explainer has no model, or a negative number of repeats.
     """
-    if not isinstance(repeats, int) or repeats < 0:
-        raise ArgumentError(f"repeats is {repeats!r}; expected an int, at least 0.")
+    check_at_least("repeats", repeats, 0)
     model = explained_model(explainer)
     module = model.module
 

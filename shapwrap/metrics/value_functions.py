@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap._types import Coalitions, Grid
-from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError
+from shapwrap.arguments import check_at_least
+from shapwrap.errors import BackboneTypeError, ImageError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explainers.pixel_game import PixelGames
 from shapwrap.explanation import check_target
@@ -106,8 +107,7 @@ def filled_value(
 def _classes(
     model: ExplainedModel, images: Tensor, target: int | Tensor | None, chunk_size: int
 ) -> Tensor:
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
+    check_at_least("chunk_size", chunk_size, 1)
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ImageError(f"images are {came}; expected [B, C, H, W], B >= 1.")
