@@ -1,4 +1,4 @@
-"""Checks of what a user passes to the wrapper."""
+"""Checks of what a user passes."""
 
 from collections.abc import Sequence
 
@@ -48,5 +48,15 @@ def check_arguments(
             valid and all(isinstance(n, int) and n > 0 for n in size)  # pyright: ignore
         ):
             raise ArgumentError(f"{name} is {size!r}; expected two positive ints, rows first.")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ArgumentError(f"num_classes is {num_classes!r}; expected an int, at least 1.")
+    if num_classes is not None:
+        check_at_least("num_classes", num_classes, 1)
+
+
+def check_at_least(name: str, value: object, least: int) -> None:
+    """Raise unless an option is an int and large enough.
+
+    Raises:
+        ArgumentError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name} is {value!r}; expected an int, at least {least}.")

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from shapwrap._types import Grid
 from shapwrap.backbones.stride_one import native_strides
 from shapwrap.choosing import Masking
+from shapwrap.flops import count_operations
 from shapwrap.probing import random_images, undisturbed
 from shapwrap.wrapping import Wrapping
 
@@ -115,15 +114,8 @@ def report_on(
 
 def count_multiply_adds(model: nn.Module, call: Callable[[], object]) -> int:
     """Multiply-adds of one call, with `model` in eval mode; the model is left as it was."""
-    # The math kernel shows attention as matrix products; fused kernels of some devices have no
-    # registered formula and would count as nothing.
-    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    counter = FlopCounterMode(display=False)
-    # Without gradients, a layer that reads a slice of a parameter fails under the counter, and
-    # fused attention layers would not be counted at all.
-    with undisturbed(model), torch.enable_grad(), kernel, counter:
-        call()
-    return counter.get_total_flops() // 2
+    with undisturbed(model):
+        return count_operations(call)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -38,6 +38,34 @@ def vit(**options):
     return model.eval()
 
 
+def renamed(state, pairs, block, names):
+    """Weights of timm's layers under the names of a library on nn.MultiheadAttention.
+
+    Args:
+        state: Of a model of `vit`.
+        pairs: The library's name of a layer outside the blocks to timm's.
+        block: The library's name of block {}.
+        names: Of its two norms, its attention, and the two layers of its MLP.
+    """
+    pairs = dict(pairs)
+    packed = {}
+    for place in range(2):
+        ours, theirs = block.format(place), f"blocks.{place}."
+        norm1, norm2, attention, fc1, fc2 = (ours + name for name in names)
+        pairs |= {
+            norm1: theirs + "norm1",
+            norm2: theirs + "norm2",
+            attention + ".out_proj": theirs + "attn.proj",
+            fc1: theirs + "mlp.fc1",
+            fc2: theirs + "mlp.fc2",
+        }
+        for part in PARTS:
+            packed[f"{attention}.in_proj_{part}"] = state[f"{theirs}attn.qkv.{part}"]
+    return packed | {
+        f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS
+    }
+
+
 def as_torchvision(model):
     other = torchvision.models.VisionTransformer(
         image_size=12,
@@ -49,21 +77,9 @@ def as_torchvision(model):
         num_classes=NUM_CLASSES,
     )
     pairs = {"conv_proj": "patch_embed.proj", "encoder.ln": "norm", "heads.head": "head"}
-    for block in range(2):
-        ours, theirs = f"encoder.layers.encoder_layer_{block}.", f"blocks.{block}."
-        pairs |= {
-            ours + "ln_1": theirs + "norm1",
-            ours + "ln_2": theirs + "norm2",
-            ours + "self_attention.out_proj": theirs + "attn.proj",
-            ours + "mlp.0": theirs + "mlp.fc1",
-            ours + "mlp.3": theirs + "mlp.fc2",
-        }
+    names = ("ln_1", "ln_2", "self_attention", "mlp.0", "mlp.3")
     state = model.state_dict()
-    given = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS}
-    for block in range(2):
-        for part in PARTS:
-            name = f"encoder.layers.encoder_layer_{block}.self_attention.in_proj_{part}"
-            given[name] = state[f"blocks.{block}.attn.qkv.{part}"]
+    given = renamed(state, pairs, "encoder.layers.encoder_layer_{}.", names)
     given |= {"class_token": state["cls_token"], "encoder.pos_embedding": state["pos_embed"]}
     other.load_state_dict(given)
     return other.eval()

@@ -22,7 +22,7 @@ LAYERS = [
     ["backbones"],
     ["readout"],
     ["values"],
-    ["losses", "probing"],
+    ["losses", "probing", "flops"],
     ["choosing"],
     ["wrapping"],
     ["explanation", "audit", "report"],

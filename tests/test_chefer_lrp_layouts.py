@@ -7,9 +7,9 @@ from torch.nn import functional
 
 from shapwrap import ShapleyWrapper
 from shapwrap.explainers import CheferLRP
-from shapwrap.explainers.relevance import Tape, fused
+from shapwrap.explainers.relevance import Tape
 from tests.backbones import NUM_CLASSES, make_case
-from tests.small_vits import GRID, PARTS, as_torchvision, random_images, relative, vit
+from tests.small_vits import GRID, as_torchvision, random_images, relative, renamed, vit
 
 
 def test_torchvision_gives_the_same():
@@ -40,20 +40,8 @@ def test_open_clip_gives_the_same():
             layer.eps = 1e-6
     state = model.state_dict()
     pairs = {"ln_pre": "norm_pre", "ln_post": "norm"}
-    for block in range(2):
-        ours, theirs = f"transformer.resblocks.{block}.", f"blocks.{block}."
-        pairs |= {
-            ours + "ln_1": theirs + "norm1",
-            ours + "ln_2": theirs + "norm2",
-            ours + "attn.out_proj": theirs + "attn.proj",
-            ours + "mlp.c_fc": theirs + "mlp.fc1",
-            ours + "mlp.c_proj": theirs + "mlp.fc2",
-        }
-    given = {f"{a}.{part}": state[f"{b}.{part}"] for a, b in pairs.items() for part in PARTS}
-    for block in range(2):
-        for part in PARTS:
-            name = f"transformer.resblocks.{block}.attn.in_proj_{part}"
-            given[name] = state[f"blocks.{block}.attn.qkv.{part}"]
+    names = ("ln_1", "ln_2", "attn", "mlp.c_fc", "mlp.c_proj")
+    given = renamed(state, pairs, "transformer.resblocks.{}.", names)
     given |= {
         "class_embedding": state["cls_token"][0, 0],
         "positional_embedding": state["pos_embed"][0],
@@ -101,15 +89,14 @@ def test_unfused_attention_equals_torch(mask):
     given = torch.rand(2, 1, 5, 5) > 0.3
     given[..., 0] = True
     masks = {None: None, "bool": given, "float": torch.randn(5, 5).double()}
-    torch.testing.assert_close(
-        fused.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
-        functional.scaled_dot_product_attention(q, k, v, masks[mask], scale=0.3),
-    )
-    causal = {"is_causal": True}
-    torch.testing.assert_close(
-        fused.scaled_dot_product_attention(q, k, v, **causal),
-        functional.scaled_dot_product_attention(q, k, v, **causal),
-    )
+    for options in ({"attn_mask": masks[mask], "scale": 0.3}, {"is_causal": True}):
+        expected = functional.scaled_dot_product_attention(q, k, v, **options)
+        query = q.clone().requires_grad_()
+        with Tape(query) as tape:
+            ours = functional.scaled_dot_product_attention(query, k, v, **options)
+        assert tape.is_live(ours)
+        assert any(operation.name == "softmax" for operation in tape.operations)
+        torch.testing.assert_close(ours, expected)
     layer = nn.MultiheadAttention(12, 3, batch_first=True).double().eval()
     tokens = torch.randn(2, 5, 12, dtype=torch.float64)
     forbidden = {None: None, "bool": ~given[0, 0], "float": masks["float"]}[mask]

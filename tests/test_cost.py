@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers import RandomMap, SelfExplaining
+from shapwrap.flops import count_operations
 from shapwrap.metrics import cost
-from shapwrap.metrics.flops import count_operations
 from tests.backbones import make_case
 
 

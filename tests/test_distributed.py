@@ -1,12 +1,8 @@
 """Two processes: gradients are shared, data is split, and nothing waits for an unused parameter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
+
+from tests.two_processes import needs_distributed, run_in_two_processes
 
 SCRIPT = """
 import sys
@@ -60,22 +56,8 @@ print("fine")
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@needs_distributed
 @pytest.mark.parametrize("what", ["loop", "trainer"])
 def test_two_processes(tmp_path, what):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(script), what, str(tmp_path / "run")),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fine") == 2
+    printed = run_in_two_processes(SCRIPT, tmp_path, what, str(tmp_path / "run"))
+    assert printed.count("fine") == 2

@@ -19,13 +19,14 @@ from shapwrap.errors import (
     TargetError,
     UnsupportedBackboneError,
 )
+from shapwrap.masking.fillers import blurred
 from shapwrap.metrics import (
     ConstantMapWarning,
     faithfulness,
     insertion_deletion,
     predictor,
 )
-from shapwrap.metrics.fillers import blurred
+from shapwrap.metrics.fillers import BLUR_RADIUS, BLUR_SIGMA
 from shapwrap.metrics.fractions_removed import equal_groups, removed_counts
 from tests import faithfulness_reference as slow
 from tests.backbones import make_case
@@ -424,9 +425,11 @@ def slow_blur(images):
 
 def test_blur_keeps_precision():
     images = uniform(1, 3, 6, 5, dtype=torch.float16)
-    assert blurred(images).dtype == torch.float16
+    assert blurred(images, BLUR_SIGMA, BLUR_RADIUS).dtype == torch.float16
     np.testing.assert_allclose(
-        blurred(images).float(), slow_blur(images.float().numpy()), atol=1e-3
+        blurred(images, BLUR_SIGMA, BLUR_RADIUS).float(),
+        slow_blur(images.float().numpy()),
+        atol=1e-3,
     )
 
 

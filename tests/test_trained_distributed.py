@@ -1,12 +1,6 @@
 """Two processes train one explainer: the same weights in both, and no parameter waited for."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-import torch
+from tests.two_processes import needs_distributed, run_in_two_processes
 
 SCRIPT = """
 import sys
@@ -41,20 +35,6 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@needs_distributed
 def test_two_processes(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(script)),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(SCRIPT, tmp_path)

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap._types import Grid
-from shapwrap.errors import ArgumentError, UnsupportedBackboneError
+from shapwrap.arguments import check_at_least
+from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.explainers.attention_explainer import AttentionExplainer, read_row
 from shapwrap.explainers.attention_pass import AttentionPass
 from shapwrap.explainers.explained_model import Model
@@ -41,8 +42,7 @@ class AttentionRollout(AttentionExplainer):
         chunk_size: int = 64,
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
-        if not isinstance(start_layer, int) or start_layer < 0:
-            raise ArgumentError(f"start_layer is {start_layer!r}; expected an int, at least 0.")
+        check_at_least("start_layer", start_layer, 0)
         self.start_layer = start_layer
 
     def map_of(self, seen: AttentionPass) -> Float[Tensor, "batch patches"]:

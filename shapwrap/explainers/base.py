@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shapwrap._types import Grid, Images
-from shapwrap.errors import ArgumentError, ShapwrapError
+from shapwrap.arguments import check_at_least
+from shapwrap.errors import ShapwrapError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.masking.pixels import sums_over_patches
@@ -47,8 +48,7 @@ class Explainer(ABC):
     """Short, as in tables and in `Explanation.method`."""
 
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
+        check_at_least("chunk_size", chunk_size, 1)
         self.model = ExplainedModel(model, grid=grid)
         self.chunk_size = chunk_size
 

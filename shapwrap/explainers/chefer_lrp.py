@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from shapwrap._types import Grid, Images
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError, UnsupportedBackboneError
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.explained_model import Model
@@ -62,8 +63,7 @@ class CheferLRP(Explainer):
         chunk_size: int = 64,
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
-        if not isinstance(start_layer, int) or start_layer < 0:
-            raise ArgumentError(f"start_layer is {start_layer!r}; expected an int, at least 0.")
+        check_at_least("start_layer", start_layer, 0)
         if double and self.model.module is None:
             raise ArgumentError(
                 "double=True for a function, whose weights are out of reach; expected an nn.Module."

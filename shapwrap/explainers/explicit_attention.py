@@ -72,14 +72,16 @@ def attend(
         scores = query.to(dtype) @ key.to(dtype).transpose(-2, -1) * factor
         if is_causal:
             allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask.to(dtype)
-        # A query without any key gets zeros, and must not make the gradients of others NaN.
-        blind = torch.isneginf(scores).all(dim=-1, keepdim=True)
-        weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
+            scores = scores + _additive(~allowed, scores)
+        if attn_mask is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            forbidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+            # Added rather than filled in: relevance propagation walks back through single steps.
+            scores = scores + _additive(forbidden, scores).to(dtype)
+            # A query without any key gets zeros, and must not make the gradients of others NaN.
+            blind = torch.isneginf(scores).all(dim=-1, keepdim=True)
+            weights = scores.masked_fill(blind, 0).softmax(dim=-1).masked_fill(blind, 0)
         if not weights.requires_grad and torch.is_grad_enabled():
             weights.requires_grad_()
         output = (weights @ value.to(dtype)).to(value.dtype)
@@ -137,12 +139,10 @@ def multi_head(
     if use_separate_proj_weight or in_proj_weight is None:
         matrices = (q_proj_weight, k_proj_weight, v_proj_weight)
     else:
-        matrices = in_proj_weight.chunk(3)
-    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        matrices = (in_proj_weight,)
     queries, keys, values = (
-        rearrange(functional.linear(x, w, b), "t b (h d) -> b h t d", h=num_heads)
-        for x, w, b in zip((query, key, value), matrices, biases, strict=True)
-        if w is not None
+        rearrange(x, "t b (h d) -> b h t d", h=num_heads)
+        for x in _projected((query, key, value), matrices, in_proj_bias)
     )
     mask = None
     if attn_mask is not None:
@@ -159,6 +159,25 @@ def multi_head(
         returned = weights.mean(dim=1) if average_attn_weights else weights
     projection = Projection(out_proj_weight, out_proj_bias)
     return MultiHead(attended, projection, functional.linear(merged, *projection), returned)
+
+
+def _projected(
+    given: tuple[Tensor, Tensor, Tensor],
+    matrices: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+) -> tuple[Tensor, ...]:
+    query, key, value = given
+    packed = matrices[0] if len(matrices) == 1 else None
+    if packed is not None and query is key is value:
+        # One use of the tokens, as in a layer for queries, keys and values together.
+        return functional.linear(query, packed, bias).chunk(3, dim=-1)
+    parts = matrices if packed is None else packed.chunk(3)
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return tuple(
+        functional.linear(x, w, b)
+        for x, w, b in zip(given, parts, biases, strict=True)
+        if w is not None
+    )
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from shapwrap._types import Grid, Images, Logits
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.baselines import Baseline, baseline_images, check_baseline
@@ -53,8 +54,7 @@ class IDGI(Explainer):
         output: str = "probability",
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
-        if not isinstance(n_steps, int) or n_steps < 1:
-            raise ArgumentError(f"n_steps is {n_steps!r}; expected an int, at least 1.")
+        check_at_least("n_steps", n_steps, 1)
         if output not in OUTPUTS:
             raise ArgumentError(f"output is {output!r}; expected 'probability' or 'logit'.")
         check_baseline(baseline)

@@ -5,6 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from shapwrap._types import Grid, Images
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.baselines import Baseline, baseline_images, check_baseline
@@ -54,8 +55,7 @@ class IntegratedGradients(Explainer):
         absolute: bool = False,
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
-        if not isinstance(n_steps, int) or n_steps < 1:
-            raise ArgumentError(f"n_steps is {n_steps!r}; expected an int, at least 1.")
+        check_at_least("n_steps", n_steps, 1)
         if rule not in RULES:
             raise ArgumentError(f"rule is {rule!r}; expected one of {', '.join(RULES)}.")
         check_baseline(baseline)

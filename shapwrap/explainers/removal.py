@@ -7,12 +7,12 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.base import Normalization
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel
+from shapwrap.masking.fillers import blurred, channel_means, given_pixels, normalised_black
 
 FillName = Literal["zero", "black", "mean", "blur"]
 Fill = FillName | float | Tensor
@@ -62,45 +62,24 @@ def replacement(images: Images, fill: Fill | str, normalization: Normalization |
     """The pixels that stand in for removed ones, [B, C, H, W].
 
     Raises:
-        ArgumentError: "black" without a known normalisation, or a tensor that does not broadcast.
+        ArgumentError: "black" without a known normalisation, or a tensor that does not broadcast
+            or is not finite.
     """
     if isinstance(fill, Tensor):
-        try:
-            return fill.to(images).expand_as(images)
-        except RuntimeError as error:
-            raise ArgumentError(
-                f"fill has shape {tuple(fill.shape)}; expected one that broadcasts to the images, "
-                f"{tuple(images.shape)}."
-            ) from error
+        return given_pixels(fill, images).expand_as(images)
     if fill == "mean":
-        return images.mean(dim=(-2, -1), keepdim=True).expand_as(images)
+        return channel_means(images).expand_as(images)
     if fill == "blur":
-        return _blurred(images)
+        return blurred(images, BLUR_SIGMA * min(images.shape[-2:]))
     if fill == "black":
         if normalization is None:
             raise ArgumentError(
                 'fill="black" needs the mean and standard deviation of the channels, which this '
                 "model does not tell; pass fill= as a tensor of shape [C, 1, 1], (0 - mean) / std."
             )
-        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in normalization)
-        return (-mean / std).expand_as(images)
+        return normalised_black(images, *normalization).expand_as(images)
     number = 0.0 if isinstance(fill, str) else float(fill)
     return images.new_full((), number).expand_as(images)
-
-
-def _blurred(images: Images) -> Images:
-    sigma = BLUR_SIGMA * min(images.shape[-2:])
-    reach = max(1, min(round(3 * sigma), min(images.shape[-2:]) - 1))
-    positions = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float32)
-    weights = torch.exp(-0.5 * (positions / sigma).square())
-    weights = (weights / weights.sum()).to(images.dtype)
-    channels = images.shape[1]
-    column = weights.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
-    row = weights.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
-    padded = functional.pad(images, (reach, reach, reach, reach), mode="replicate")
-    return functional.conv2d(
-        functional.conv2d(padded, column, groups=channels), row, groups=channels
-    )
 
 
 def scores(

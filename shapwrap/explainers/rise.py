@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shapwrap._types import Grid, Images
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.drawing import Draws
@@ -67,8 +68,7 @@ class RISE(Explainer):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         check_fill(fill)
         check_score(score)
-        if not isinstance(num_masks, int) or num_masks < 1:
-            raise ArgumentError(f"num_masks is {num_masks!r}; expected an int, at least 1.")
+        check_at_least("num_masks", num_masks, 1)
         if not (len(cells) == 2 and all(isinstance(n, int) and n > 0 for n in cells)):
             raise ArgumentError(f"cells is {cells!r}; expected two positive ints, rows first.")
         if not 0 < keep < 1:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
-from shapwrap.metrics.flops import count_operations
+from shapwrap.flops import count_operations
 
 MethodCall = Callable[..., Any]
 """Images and a target in, an explanation out: `explainer(images, target)`."""
@@ -63,8 +64,7 @@ def cost(
     Raises:
         ArgumentError: The explainer has no model, or a negative number of repeats.
     """
-    if not isinstance(repeats, int) or repeats < 0:
-        raise ArgumentError(f"repeats is {repeats!r}; expected an int, at least 0.")
+    check_at_least("repeats", repeats, 0)
     model = explained_model(explainer)
     module = model.module
 

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import Model
 from shapwrap.metrics.fillers import NATIVE, describe, is_native
-from shapwrap.metrics.fractions_removed import check_at_least, equal_groups, removed_counts
+from shapwrap.metrics.fractions_removed import equal_groups, removed_counts
 from shapwrap.metrics.measured import Measured, measure, running, seed_of
 from shapwrap.metrics.protocol import Protocol, Scores
 from shapwrap.metrics.ranking import ConstantMapWarning

@@ -1,14 +1,12 @@
 """What is put in the place of pixels that are taken away."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.base import Normalization
 from shapwrap.errors import ArgumentError
-from shapwrap.masking.pooling import compute_dtype
+from shapwrap.masking.fillers import Filler, blurred, channel_means, given_pixels
 
 NATIVE = "native"
 """No filler: patches are removed as the wrapped model does it."""
@@ -24,8 +22,6 @@ FILLS = {
     "random": "uniform random colours in [0, 1], one drawing an image",
 }
 """Fillers by name, and what they are in words."""
-
-Filler = Float[Tensor, "one_or_batch channels one_or_height one_or_width"]
 
 
 def is_native(fill: str | Tensor) -> bool:
@@ -82,33 +78,12 @@ def make_filler(
     if fill == "zero_normalised":
         return _mean_colour(images, normalization)
     if fill == "blur":
-        return blurred(images)
+        return blurred(images, BLUR_SIGMA, BLUR_RADIUS)
     if fill == "random":
         generator = generator or torch.Generator().manual_seed(0)
         drawn = torch.rand(images.shape, generator=generator, device=generator.device)
         return drawn.to(images)
     return images.new_zeros(1, images.shape[1], 1, 1)
-
-
-def channel_means(images: Images) -> Filler:
-    """Mean over the pixels, one an image and channel."""
-    return images.to(compute_dtype(images)).mean(dim=(2, 3), keepdim=True).to(images.dtype)
-
-
-def blurred(images: Images) -> Filler:
-    """The images under a Gaussian; pixels beyond the border repeat those at it.
-
-    References:
-        Petsiuk, Das & Saenko 2018, "RISE", who insert into such an image.
-    """
-    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
-    kernel = (-offsets.to(compute_dtype(images)).square() / (2 * BLUR_SIGMA**2)).exp()
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
-    padding = (BLUR_RADIUS,) * 4
-    padded = functional.pad(images.to(kernel.dtype), padding, mode="replicate")
-    rows = functional.conv2d(padded, kernel, groups=images.shape[1])
-    columns = functional.conv2d(rows, kernel.transpose(2, 3), groups=images.shape[1])
-    return columns.to(images.dtype)
 
 
 def describe(fill: str | Tensor) -> str:
@@ -119,20 +94,9 @@ def describe(fill: str | Tensor) -> str:
 
 
 def _of_caller(fill: Tensor, images: Images) -> Filler:
-    shape = tuple(fill.shape)
-    filler = fill[:, None, None] if fill.ndim == 1 else fill
-    while filler.ndim < 4:
-        filler = filler[None]
-    fits = filler.ndim == 4 and all(
-        own in (1, whole) for own, whole in zip(filler.shape, images.shape, strict=True)
-    )
-    if not fits or not fill.is_floating_point() or not torch.isfinite(fill).all():
-        raise ArgumentError(
-            f"fill is a tensor {shape} of {fill.dtype}; expected finite floats of shape [], [C], "
-            f"[C, H, W] or [B, C, H, W], each size 1 or that of the images {tuple(images.shape)}."
-        )
-    filler = filler.detach().to(images)
-    return filler.expand(-1, images.shape[1], -1, -1)
+    if not fill.is_floating_point():
+        raise ArgumentError(f"fill is a tensor of {fill.dtype}; expected floats in [0, 1].")
+    return given_pixels(fill[:, None, None] if fill.ndim == 1 else fill, images)
 
 
 def _mean_colour(images: Images, normalization: Normalization | None) -> Filler:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.removal import Interval
 
@@ -58,13 +59,3 @@ def equal_groups(num_cells: int, num_groups: int) -> list[Interval]:
         )
     bounds = [num_cells * group // num_groups for group in range(num_groups + 1)]
     return list(pairwise(bounds))
-
-
-def check_at_least(name: str, value: object, least: int) -> None:
-    """Raise unless an option is an int and large enough.
-
-    Raises:
-        ArgumentError: It is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name} is {value!r}; expected an int, at least {least}.")

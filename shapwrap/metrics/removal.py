@@ -10,8 +10,8 @@ from torch import Tensor
 from shapwrap._types import Images, Logits
 from shapwrap.errors import ShapwrapError
 from shapwrap.explainers.explained_model import ExplainedModel
+from shapwrap.masking.fillers import Filler
 from shapwrap.masking.pooling import compute_dtype
-from shapwrap.metrics.fillers import Filler
 from shapwrap.metrics.predictor import Predictor
 
 Interval = tuple[int, int]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.average_precision import average_precision
 from shapwrap.metrics.maps import IGNORE, above_mean, check_maps, check_masks, scaled
@@ -136,8 +137,7 @@ def segmentation_statistics(
         Chefer, Gur & Wolf 2021, "Transformer Interpretability Beyond Attention Visualization",
         section 4, "Segmentation".
     """
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
+    check_at_least("chunk_size", chunk_size, 1)
     checked = check_maps(maps)
     labels = check_masks(masks, checked)
     parts = zip(checked.split(chunk_size), labels.split(chunk_size), strict=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.correlation import pearson, spearman
 from shapwrap.metrics.value_functions import ValueFunction
@@ -68,8 +69,7 @@ def sensitivity_n(
     num_patches = values.shape[1]
     checked = _check_sizes(sizes, num_patches)
     for name, number, least in (("num_subsets", num_subsets, 2), ("chunk_size", chunk_size, 1)):
-        if not isinstance(number, int) or number < least:
-            raise ArgumentError(f"{name} is {number!r}; expected an int, at least {least}.")
+        check_at_least(name, number, least)
     generator = generator or torch.Generator().manual_seed(0)
     rows = []
     for size in checked:

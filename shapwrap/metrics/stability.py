@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.cost import MethodCall
 
@@ -55,8 +56,7 @@ def stability(
     if not radius > 0:
         raise ArgumentError(f"radius is {radius!r}; expected a number above 0.")
     for name, number in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if not isinstance(number, int) or number < 1:
-            raise ArgumentError(f"{name} is {number!r}; expected an int, at least 1.")
+        check_at_least(name, number, 1)
     generator = generator or torch.Generator().manual_seed(0)
     clean: Any = explainer(images, target)
     values, classes = clean.values.double(), clean.target

@@ -7,10 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap._types import Coalitions, Grid
-from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError
+from shapwrap.arguments import check_at_least
+from shapwrap.errors import BackboneTypeError, ImageError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
+from shapwrap.explainers.pixel_game import PixelGames
 from shapwrap.explanation import check_target
-from shapwrap.masking.pixels import pixel_mask
+from shapwrap.values.patch_game import PatchGames
 from shapwrap.wrapper import ShapleyWrapper
 
 ValueFunction = Callable[[Coalitions], Float[Tensor, "batch coalitions"]]
@@ -45,24 +47,12 @@ def native_value(
         )
     model = ExplainedModel(wrapped)
     classes = _classes(model, images, target, chunk_size)
-    step = max(1, chunk_size // len(images))
+    games = PatchGames(wrapped, images, model.grid_of(images), chunk_size=chunk_size)
 
     def value(coalitions: Coalitions) -> Float[Tensor, "batch coalitions"]:
         """Values of coalitions of patches."""
-        parts = zip(
-            images.split(chunk_size),
-            coalitions.split(chunk_size),
-            classes.split(chunk_size),
-            strict=True,
-        )
-        with model.evaluated(), torch.no_grad():
-            rows = [
-                wrapped.value(image, present, chunk_size=step)[
-                    torch.arange(len(image)), :, chosen.to(image.device)
-                ]
-                for image, present, chosen in parts
-            ]
-        return torch.cat(rows)
+        values = games(coalitions)
+        return values[torch.arange(len(values)), :, classes.to(values.device)]
 
     return value
 
@@ -96,31 +86,20 @@ def filled_value(
     """
     explained = ExplainedModel(model, grid=grid)
     classes = _classes(explained, images, target, chunk_size)
-    filler = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
-    try:
-        filler = filler.broadcast_to(images.shape)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"fill has shape {tuple(filler.shape)}; expected a number, or a tensor that broadcasts "
-            f"to the images {tuple(images.shape)}."
-        ) from error
-    size = (images.shape[-2], images.shape[-1])
+    games = PixelGames(
+        explained,
+        images,
+        classes,
+        grid,
+        fill=fill if isinstance(fill, Tensor) else float(fill),
+        score="probability" if probability else "logit",
+        chunk_size=chunk_size,
+    )
 
     def value(coalitions: Coalitions) -> Float[Tensor, "batch coalitions"]:
         """Values of coalitions of patches."""
-        batch, number = coalitions.shape[:2]
-        flat = coalitions.to(images.device).flatten(0, 1)
-        of_image = torch.arange(batch, device=images.device).repeat_interleave(number)
-        rows = []
-        with explained.evaluated(), torch.no_grad():
-            for present, image in zip(
-                flat.split(chunk_size), of_image.split(chunk_size), strict=True
-            ):
-                mask = pixel_mask(present[:, None], grid, size)
-                logits = explained.logits(torch.where(mask, images[image], filler[image]))
-                scores = logits.softmax(dim=1) if probability else logits
-                rows.append(scores.gather(1, classes[image][:, None])[:, 0])
-        return torch.cat(rows).view(batch, number)
+        with explained.evaluated():
+            return games(coalitions)
 
     return value
 
@@ -128,8 +107,7 @@ def filled_value(
 def _classes(
     model: ExplainedModel, images: Tensor, target: int | Tensor | None, chunk_size: int
 ) -> Tensor:
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
+    check_at_least("chunk_size", chunk_size, 1)
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 0:
         came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ImageError(f"images are {came}; expected [B, C, H, W], B >= 1.")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Grid, Images, Logits
+from shapwrap.arguments import check_at_least
 from shapwrap.coalitions.checks import are_complement_pairs, check_coalitions
-from shapwrap.errors import ArgumentError, CoalitionError, CoalitionTypeError, ImageError
+from shapwrap.errors import CoalitionError, CoalitionTypeError, ImageError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.values.players import patches_of, player_of_patch
 
@@ -55,8 +56,7 @@ class PatchGames:
         chunk_size: int = 64,
         removal: str = "native masking",
     ):
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ArgumentError(f"chunk_size is {chunk_size!r}; expected an int, at least 1.")
+        check_at_least("chunk_size", chunk_size, 1)
         self.grid = grid
         self.players = grid if players is None else players
         self.owner = player_of_patch(grid, self.players)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from shapwrap.flops import count_operations
 from shapwrap.zoo.constructor import Changes, changed_constructors
 
 # One call of a small layer costs about as much time as this many multiply-adds in a large one.
@@ -52,37 +50,15 @@ class Probe:
             return None
 
 
-class _MultiplyAdds(TorchDispatchMode):
-    """Counts the products of matrices and kernels.
-
-    What FlopCounterMode counts, without its record of which module each belongs to, which takes
-    most of its time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result) / 2
-        return result
-
-
 def cost_of(model: nn.Module, channels: int, size: tuple[int, int], device: str) -> Cost:
     """Cost of one image, from one training pass that is left to fail as it may.
 
     Training is the stricter test of an image size: some classes have auxiliary heads in it.
     """
     model.train()
-    counter = _MultiplyAdds()
-    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), torch.device(device), kernel, counter:
-        model(torch.zeros(PROBE_BATCH, channels, *size))
-    return Cost(parameters_of(model), counter.total / PROBE_BATCH + overhead_of(model))
+    with torch.no_grad(), torch.device(device):
+        work = count_operations(lambda: model(torch.zeros(PROBE_BATCH, channels, *size)))
+    return Cost(parameters_of(model), work / PROBE_BATCH + overhead_of(model))
 
 
 def parameters_of(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.explainers.relevance.tape import Operation, Tape
 
 UNCHANGED = {"dropout", "to", "float", "double", "type", "type_as", "contiguous", "clone"}
+UNCHANGED |= {"masked_fill"}
 """Operations that attention probabilities may pass on their way to the values."""
 
 

@@ -7,10 +7,26 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from shapwrap.explainers.relevance.fused import UNFUSED
+from shapwrap.explainers.explicit_attention import attend, multi_head
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
+
+
+def _attend(*arguments: Any, **keywords: Any) -> Tensor:
+    return attend(*arguments, **keywords).output
+
+
+def _multi_head(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+    computed = multi_head(*arguments, **keywords)
+    return computed.output, computed.returned_weights
+
+
+UNFUSED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attend,
+    "multi_head_attention_forward": _multi_head,
+}
+"""Fused attention as the single operations that it stands for, by the name of the function."""
 
 
 @dataclass(frozen=True, eq=False)

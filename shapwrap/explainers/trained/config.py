@@ -1,8 +1,9 @@
 """Settings of the trained methods; defaults as published, where the authors' code tells."""
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.trained.links import Link
 from shapwrap.explainers.trained.masks import MaskDistribution
@@ -64,7 +65,7 @@ class TrainedConfig:
                     f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}."
                 )
         for name in ("num_masks", "surrogate_masks"):
-            _check_count(name, getattr(self, name))
+            check_at_least(name, getattr(self, name), 1)
         if self.paired and self.num_masks % 2:
             raise ArgumentError(
                 f"num_masks is {self.num_masks}; paired coalitions come in twos. Pass an even "
@@ -111,14 +112,9 @@ class FastSHAPConfig(TrainedConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        _check_count("width", self.width)
+        check_at_least("width", self.width, 1)
         if self.mask_channel and self.surrogate is None:
             raise ArgumentError(
                 "mask_channel=True with surrogate=None; expected a surrogate that is trained to "
                 "read the mask."
             )
-
-
-def _check_count(name: str, count: Any) -> None:
-    if not isinstance(count, int) or count < 1:
-        raise ArgumentError(f"{name} is {count!r}; expected an int, at least 1.")

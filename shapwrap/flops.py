@@ -13,8 +13,8 @@ def count_operations(call: Callable[[], object]) -> int:
     """Multiply-adds of a call: matrix products, convolutions and attention, forward and backward.
 
     Counted as torch's FlopCounterMode does, halved; elementwise operations are left out. Unlike it,
-    no hooks are put on any module, so gradients may be on or off, and methods may use hooks of
-    their own.
+    no hooks are put on any module, so gradients may be on or off, layers may read slices of
+    parameters, and methods may use hooks of their own.
     """
     counter = _Counter()
     with _products_in_sight(), counter:

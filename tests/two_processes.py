@@ -1,0 +1,33 @@
+"""Runs a script in two processes that train together."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
+
+def run_in_two_processes(code, folder, *arguments):
+    """What the processes printed; fails with the end of their errors if one fails."""
+    script = folder / "script.py"
+    script.write_text(code)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", str(script), *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
