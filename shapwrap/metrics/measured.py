@@ -87,8 +87,9 @@ def measure(
     Expects `running` around it.
 
     Raises:
-        ImageTypeError: Images that are not floating point.
-        ImageError: Images of another shape, or outside [0, 1].
+        ImageTypeError: Images that are not floating point, or in another precision than a bare
+            module.
+        ImageError: Images of another shape, on another device, or outside [0, 1].
         MapError: Maps of another shape, or not finite.
         TargetError: A class that the model does not have.
         ArgumentError: An option outside its range.
@@ -117,6 +118,8 @@ def measure(
         ranked = rank_pixels(maps, size)
     model = ExplainedModel(predict)
     _warn_of_normalization(predict)
+    if told is None:
+        model.check(images)
     logits = clean_logits(model, images, chunk_size)
     classes = check_target(target, logits)
     settings = {

@@ -55,7 +55,8 @@ class Scores(dict[str, Tensor]):
 
     def mean(self) -> dict[str, float]:
         """Mean over images by metric, images without a number left out; NaN if none has one."""
-        return {name: values.nanmean().item() for name, values in self.items()}
+        # In double precision, where clamped log-odds do not overflow; not every device has it.
+        return {name: values.cpu().double().nanmean().item() for name, values in self.items()}
 
     def __str__(self) -> str:
         lines = []
