@@ -654,6 +654,7 @@ ERRORS = {
     ),
     "fill": ({"fill": "white"}, ArgumentError, "zero_normalised"),
     "fill of another size": ({"fill": torch.zeros(3, 6, 7)}, ArgumentError, "each size 1"),
+    "normalised fill": ({"fill": torch.tensor([-2.0, 0.0, 2.0])}, ArgumentError, r"-2 .* 2;"),
     "fill with NaN": ({"fill": torch.tensor(torch.nan)}, ArgumentError, "finite"),
     "unknown statistics": ({"fill": "zero_normalised"}, ArgumentError, "predictor"),
     "native without wrapper": ({"fill": "native"}, ArgumentError, "ShapleyWrapper"),

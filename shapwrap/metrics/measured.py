@@ -14,13 +14,10 @@ from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import check_target
 from shapwrap.images import check_finite
-from shapwrap.metrics.fillers import check_fill, is_native, make_filler
+from shapwrap.metrics.fillers import TOLERATED, check_fill, is_native, make_filler
 from shapwrap.metrics.predictor import Predictor
 from shapwrap.metrics.ranking import Ranking, check_maps, rank_patches, rank_pixels
 from shapwrap.metrics.removal import FilledPixels, Removal, RemovedPatches, clean_logits, of_target
-
-TOLERATED = 1e-3
-"""Beyond [0, 1]: what resizing and undoing a normalisation leave."""
 
 
 @dataclass(frozen=True)
