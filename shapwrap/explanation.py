@@ -139,7 +139,12 @@ def check_target(target: object, logits: Logits) -> Int[Tensor, " batch"]:
     batch, num_classes = logits.shape
     if target is None:
         return logits.argmax(dim=1)
-    classes = torch.as_tensor(target, device=logits.device)
+    try:
+        classes = torch.as_tensor(target, device=logits.device)
+    except (TypeError, ValueError) as error:
+        raise TargetError(
+            f"target is {target!r}; expected class indices, an int or int64 [B]."
+        ) from error
     if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise TargetError(f"target is {target!r}; expected class indices, an int or int64 [B].")
     classes = classes.long()

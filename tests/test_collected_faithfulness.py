@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import shapwrap.metrics
+from shapwrap.errors import ArgumentError
 from shapwrap.metrics import (
     ConstantMapWarning,
     Faithfulness,
@@ -122,6 +123,26 @@ def test_two_processes_agree(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("fine") == 2
+
+
+def test_means_of_clamped_log_odds_are_finite():
+    def predict(images):
+        dark = (images.sum(dim=(1, 2, 3)) < 10)[:, None]
+        return torch.where(dark, torch.tensor([-torch.inf, 0.0]), torch.tensor([1.0, 0.0]))
+
+    metric = Faithfulness(predict, metrics="log_odds", fractions=[1.0])
+    images, maps = torch.ones(3, 3, 6, 8), make_data(3)[1]
+    for _ in range(2):
+        metric.update(images, maps)
+    lowest = torch.finfo(torch.float32).min
+    assert metric.compute()["log_odds"].item() == pytest.approx(lowest)
+    scores = faithfulness(predict, images, maps, fractions=[1.0])
+    assert scores.mean()["log_odds"] == pytest.approx(lowest)
+
+
+def test_unknown_metrics_are_told_at_once():
+    with pytest.raises(ArgumentError, match="expected some of aopc"):
+        Faithfulness(make_predict(), metrics=["auc"])
 
 
 def test_options_that_nothing_takes():

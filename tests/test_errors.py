@@ -269,6 +269,7 @@ def test_odd_number_of_pairs(case):
         (2.9, "class indices"),
         ([1.5, 0.2], "class indices"),
         (True, "class indices"),
+        ("cat", "class indices"),
     ],
 )
 def test_targets(case, target, words):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from shapwrap import ShapleyWrapper, ShapwrapError
 from shapwrap.errors import (
@@ -299,6 +300,27 @@ def test_constant_maps_have_no_saco(value, size):
         insertion_deletion(predict, images, maps)
 
 
+def test_a_constant_map_that_was_resized_is_constant():
+    drawn = functional.interpolate(torch.full((1, 1, 3, 5), 0.1), size=(12, 20), mode="bilinear")
+    maps = drawn[:, 0]
+    assert maps.amin() < maps.amax()
+    images, predict = uniform(1, 3, 12, 20), make_predict(3, 12, 20)
+    rows = -torch.arange(240.0).reshape(1, 12, 20)
+    with pytest.warns(ConstantMapWarning):
+        scores = faithfulness(predict, images, maps)
+    assert scores["saco"].isnan().all()
+    assert scores["aopc"] == faithfulness(predict, images, rows)["aopc"]
+    with pytest.warns(ConstantMapWarning):
+        faithfulness(predict, images, maps, ranking="patch", grid=(3, 5))
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 2.0**124])
+def test_saco_of_tiny_and_huge_maps(scale):
+    images, maps, predict = uniform(2, 3, 7, 8), normal(2, 7, 8).float(), make_predict(3, 7, 8)
+    expected = faithfulness(predict, images, maps)["saco"]
+    torch.testing.assert_close(faithfulness(predict, images, maps * scale)["saco"], expected)
+
+
 def test_constant_pixel_maps_stay_constant_over_unequal_patches():
     with pytest.warns(ConstantMapWarning):
         scores = faithfulness(
@@ -358,6 +380,16 @@ def test_counts():
         parts = range(0, cells + 1, max(1, cells // 50))
         assert removed_counts(cells, 9, [part / cells for part in parts]) == list(parts)
     assert removed_counts(10, 9, [0.1999]) == [1]
+    # In float32, 0.7 of 240 cells is 167.999997.
+    tenths = torch.tensor([0.1, 0.3, 0.7])
+    assert removed_counts(240, 9, tenths) == [24, 72, 168]
+    assert removed_counts(240, 9, tenths.half()) == [24, 72, 168]
+    for cells in (196, 240, 50176):
+        parts = removed_counts(cells, 9, None)
+        assert removed_counts(cells, 9, torch.tensor(parts) / cells) == parts
+    for wrong in (0.5, ["half"]):
+        with pytest.raises(ArgumentError, match="at least one share"):
+            removed_counts(100, 9, wrong)
     assert removed_counts(196, 9, "attcat") == [22, 44, 65, 87, 109, 131, 152, 174, 196]
     assert removed_counts(4, 9, "attcat") == [0, 1, 2, 3, 4]
     assert equal_groups(50176, 10)[:2] == [(0, 5017), (5017, 10035)]
@@ -618,8 +650,14 @@ ERRORS = {
     "integer maps": ({"maps": MAPS.long()}, MapError, "float"),
     "maps finer than pixels": ({"maps": normal(2, 7, 8)}, MapError, "at most one a pixel"),
     "class": ({"target": 4}, TargetError, "classes 0 to 3"),
+    "images in another precision than the model": (
+        {"predict": nn.Sequential(nn.Flatten(), nn.Linear(144, 4))},
+        ImageTypeError,
+        r"images\.to\(torch\.float32\)",
+    ),
     "fill": ({"fill": "white"}, ArgumentError, "zero_normalised"),
     "fill of another size": ({"fill": torch.zeros(3, 6, 7)}, ArgumentError, "each size 1"),
+    "normalised fill": ({"fill": torch.tensor([-2.0, 0.0, 2.0])}, ArgumentError, r"-2 .* 2;"),
     "fill with NaN": ({"fill": torch.tensor(torch.nan)}, ArgumentError, "finite"),
     "unknown statistics": ({"fill": "zero_normalised"}, ArgumentError, "predictor"),
     "native without wrapper": ({"fill": "native"}, ArgumentError, "ShapleyWrapper"),
@@ -647,12 +685,14 @@ ERRORS = {
 }
 OF_FAITHFULNESS = {
     "fractions": ({"fractions": [0.5, 1.2]}, ArgumentError, "share"),
+    "NaN fractions": ({"fractions": [float("nan")]}, ArgumentError, "at least one share"),
     "no fraction": ({"fractions": []}, ArgumentError, "at least one"),
     "named fractions": ({"fractions": "deciles"}, ArgumentError, "attcat"),
     "one group": ({"num_groups": 1}, ArgumentError, "at least 2"),
     "too many groups": ({"num_groups": 49}, ArgumentError, "one group a cell"),
     "on_constant": ({"on_constant": "skip"}, ArgumentError, "nan_skip"),
     "metrics": ({"metrics": ["auc"]}, ArgumentError, "saco"),
+    "no metrics": ({"metrics": []}, ArgumentError, "saco"),
 }
 
 

@@ -158,5 +158,6 @@ def test_the_largest_component_alone():
 def test_thresholds_outside_their_range(threshold):
     with pytest.raises(ArgumentError, match="expected 'mean'"):
         box_localisation(torch.rand(1, 2, 2), torch.ones(1, 2, 2).long(), threshold=threshold)
-    with pytest.raises(ArgumentError, match="at least 0"):
-        pointing_game(torch.rand(1, 2, 2), torch.ones(1, 2, 2).long(), tolerance=-1)
+    for tolerance in (-1, float("inf"), float("nan")):
+        with pytest.raises(ArgumentError, match="at least 0"):
+            pointing_game(torch.rand(1, 2, 2), torch.ones(1, 2, 2).long(), tolerance=tolerance)

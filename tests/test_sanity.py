@@ -215,7 +215,8 @@ def test_constant_maps_have_no_similarity(network):
         ({"order": "random"}, "order is 'random'"),
         ({"drawing": "zeros"}, "drawing is 'zeros'"),
         ({"layers": ["3", "head"]}, r"\['head'\], which the model lacks"),
-        ({"layers": []}, "which the model lacks"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": "head"}, "expected a list"),
         ({"layers": ["2"]}, "no parameters"),
     ],
 )
@@ -224,6 +225,34 @@ def test_randomisation_errors(network, options, match):
         randomisation(network, weighted, torch.randn(1, 3, 4, 6), **options)
     with pytest.raises(BackboneTypeError, match=r"expected an nn\.Module"):
         randomisation(lambda x: x, weighted, torch.randn(1, 3, 4, 6))
+
+
+def test_protocols_name_every_choice(network):
+    images, generator = torch.randn(1, 3, 4, 6), torch.Generator().manual_seed(5)
+    said = str(
+        randomisation(
+            network, weighted, images, drawing="permutation", generator=generator
+        ).protocol
+    )
+    for word in ("cascading", "permutation", "predicted", "seed", "5", "torch"):
+        assert word in said, word
+    said = str(randomisation(network, weighted, images, torch.tensor([1])).protocol)
+    assert "given" in said and "normal" in said
+    values = torch.randn(1, 5, generator=generator)
+    said = str(sensitivity_n(values, additive(values), sizes=[2, "all"], num_subsets=7).protocol)
+    for word in ("2, all", "7", "v(everybody) - v(the rest)", "seed", "torch"):
+        assert word in said, word
+    said = str(stability(squares, images, radius=0.25, num_samples=3).protocol)
+    for word in ("0.25", "3", "predicted", "seed", "torch"):
+        assert word in said, word
+
+
+def test_one_size_needs_no_list():
+    values = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
+    for size in (2, "all"):
+        alone = sensitivity_n(values, additive(values + 1), sizes=size, num_subsets=9)
+        listed = sensitivity_n(values, additive(values + 1), sizes=[size], num_subsets=9)
+        assert alone.sizes == (size,) and torch.equal(alone.pearson, listed.pearson)
 
 
 # --- sensitivity-n ---------------------------------------------------------------------------
@@ -473,7 +502,9 @@ def test_zero_maps_have_no_relative_change():
     assert found.maximum.isnan().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("options", [{"radius": 0}, {"num_samples": 0}, {"chunk_size": 0}])
+@pytest.mark.parametrize(
+    "options", [{"radius": 0}, {"radius": torch.inf}, {"num_samples": 0}, {"chunk_size": 0}]
+)
 def test_stability_errors(options):
     with pytest.raises(ArgumentError, match=next(iter(options))):
         stability(squares, torch.rand(1, 1, 2, 2), **options)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics import (
     average_precision,
+    box_localisation,
     segmentation_scores,
     segmentation_statistics,
 )
@@ -135,6 +136,16 @@ def test_a_constant_map_is_all_background(value):
 def test_resized_constant_map_has_rounding_that_must_not_rank():
     drawn = functional.interpolate(torch.full((1, 1, 3, 5), 0.1), size=(7, 11), mode="bilinear")
     assert segmentation_statistics(drawn[:, 0], torch.ones(1, 7, 11, dtype=torch.long)).constant
+
+
+def test_a_map_that_resizing_makes_constant_is_constant():
+    """Every third pixel is what is left of 9 x 9 at 3 x 3: the peak falls between."""
+    maps, masks = torch.zeros(1, 9, 9), torch.zeros(1, 3, 3, dtype=torch.long)
+    maps[:, 0, 0], masks[:, 0] = 1, 1
+    statistics = segmentation_statistics(maps, masks)
+    assert statistics.constant.all() and statistics.average_precision.item() == 0.5
+    box = box_localisation(maps, masks)
+    assert box.iou.item() == 0 and box.found.tolist() == [[0, 0, 0, 0]]
 
 
 def test_images_of_one_class():

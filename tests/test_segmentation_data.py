@@ -142,6 +142,9 @@ def test_imagenet_s_that_is_not_whole(imagenet_s):
         ImageNetS(root, classes=wnids)
     with pytest.raises(ArgumentError, match="two positive ints"):
         ImageNetS(root, classes=wnids, image_size=(0, 3))
+    for wrong in (((0.5,) * 3, (0.5, 0.5, 0.0)), ((0.5, 0.5), (0.5,) * 3)):
+        with pytest.raises(ArgumentError, match="one number a channel"):
+            ImageNetS(root, classes=wnids, normalization=wrong)
 
 
 def test_imagenet_s_by_its_own_folders(imagenet_s, tmp_path):

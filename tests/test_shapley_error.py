@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shapwrap.errors import ArgumentError, ImageError, TargetError
+from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError, TargetError
 from shapwrap.estimators import ConvergenceWarning, ShapleyEstimate
 from shapwrap.metrics import (
     ShapleyTruth,
@@ -147,10 +147,21 @@ def test_save_and_load(tmp_path):
     truth.save(tmp_path / "truth.pt")
     read = ShapleyTruth.load(tmp_path / "truth.pt")
     assert read.protocol() == truth.protocol()
+    assert read.protocol()["seed"] == 0 and "shapwrap" in read.protocol()["versions"]
     for field in dataclasses.fields(ShapleyEstimate):
         first, second = getattr(truth.estimate, field.name), getattr(read.estimate, field.name)
         assert torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
     torch.testing.assert_close(read.cross_check, truth.cross_check)
+
+
+def test_the_protocol_names_the_seed_of_what_was_drawn():
+    case = make_case(KIND, grid=(2, 3))
+    generator = torch.Generator().manual_seed(7)
+    assert shapley_truth(case.wrapped, case.images, generator=generator).protocol()["seed"] is None
+    sampled = shapley_truth(
+        case.wrapped, case.images, method="permutation", threshold=0.5, generator=generator
+    )
+    assert sampled.protocol()["seed"] == 7
 
 
 def _slow(values, true, total):
@@ -317,6 +328,9 @@ def test_bad_input():
         shapley_truth(wrapped, images * torch.inf)
     with pytest.raises(TargetError):
         estimation_error(wrapped, images, target=50)
+    for measure in (shapley_truth, estimation_error):
+        with pytest.raises(BackboneTypeError, match="expected a ShapleyWrapper"):
+            measure(wrapped.model, images)
     truth = shapley_truth(wrapped, images)
     with pytest.raises(ArgumentError, match=r"expected \[B, players\] = \(2, 6\)"):
         shapley_error(torch.zeros(2, 7), truth)

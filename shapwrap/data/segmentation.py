@@ -28,7 +28,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]], ABC):
         normalization: Mean and standard deviation of the channels, as the model was trained.
 
     Raises:
-        ArgumentError: A size that is not two positive ints.
+        ArgumentError: A size that is not two positive ints, or statistics that are none.
     """
 
     def __init__(
@@ -41,8 +41,14 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]], ABC):
             raise ArgumentError(
                 f"image_size is {image_size!r}; expected two positive ints, height first."
             )
+        mean, std = map(tuple, normalization)
+        if {len(mean), len(std)} - {1, 3} or len(mean) != len(std) or not min(std) > 0:
+            raise ArgumentError(
+                f"normalization is {normalization!r}; expected (mean, std) with one number a "
+                "channel each, three or one for all, standard deviations above 0."
+            )
         self.image_size = image_size
-        self.normalization = Normalization(*map(tuple, normalization))
+        self.normalization = Normalization(mean, std)
 
     @abstractmethod
     def __len__(self) -> int:

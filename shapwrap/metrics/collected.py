@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shapwrap.errors import MissingDependencyError
 from shapwrap.explainers.explained_model import Model
-from shapwrap.metrics.faithfulness_of_maps import METRICS, faithfulness
+from shapwrap.metrics.faithfulness_of_maps import METRICS, checked_metrics, faithfulness
 from shapwrap.metrics.insertion_deletion_curves import insertion_deletion
 from shapwrap.metrics.protocol import Protocol, Scores
 
@@ -45,7 +45,8 @@ class MeanOverImages(Metric):
         self.protocol: Protocol | None = None
         """Of the last batch, in words."""
         for name in self.names:
-            self.add_state(f"sum_{name}", torch.tensor(0.0), dist_reduce_fx="sum")
+            zero = torch.tensor(0.0, dtype=torch.float64)
+            self.add_state(f"sum_{name}", zero, dist_reduce_fx="sum")
             self.add_state(f"defined_{name}", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_images", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -61,7 +62,7 @@ class MeanOverImages(Metric):
         self.protocol = scores.protocol
         for name, values in scores.items():
             total, count = getattr(self, f"sum_{name}"), getattr(self, f"defined_{name}")
-            setattr(self, f"sum_{name}", total + values.nansum().to(total))
+            setattr(self, f"sum_{name}", total + values.to(total).nansum())
             setattr(self, f"defined_{name}", count + (~torch.isnan(values)).sum().to(count))
         self.num_images = self.num_images + len(images)
 
@@ -90,11 +91,12 @@ class Faithfulness(MeanOverImages):
         kwargs: Options of `faithfulness` and of `torchmetrics.Metric`.
 
     Raises:
+        ArgumentError: An unknown metric.
         MissingDependencyError: On import, if torchmetrics is not installed.
     """
 
     def __init__(self, predict: Model, *, metrics: Sequence[str] = METRICS, **kwargs: Any):
-        wanted = [metrics] if isinstance(metrics, str) else list(metrics)
+        wanted = checked_metrics(metrics)
         super().__init__(faithfulness, predict, wanted, kwargs | {"metrics": wanted})
 
 

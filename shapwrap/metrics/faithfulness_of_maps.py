@@ -43,7 +43,7 @@ def faithfulness(
     chunk_size: int = 64,
     on_constant: str = "nan_skip",
     absolute: bool = False,
-    fractions: Sequence[float] | str | None = None,
+    fractions: Sequence[float] | Tensor | str | None = None,
     grid: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     metrics: Sequence[str] = METRICS,
@@ -93,7 +93,7 @@ def faithfulness(
         Chen, Zheng & Ji 2020; Qiang et al. 2022 (AttCAT); Wu et al. 2024 (SaCo).
     """
     check_at_least("chunk_size", chunk_size, 1)
-    wanted = _checked_metrics(metrics)
+    wanted = set(checked_metrics(metrics))
     if on_constant not in ON_CONSTANT:
         names = ", ".join(map(repr, ON_CONSTANT))
         raise ArgumentError(f"on_constant is {on_constant!r}; expected one of {names}.")
@@ -196,8 +196,13 @@ def _aopc_and_log_odds(
     return values, curves
 
 
-def _checked_metrics(metrics: Sequence[str]) -> set[str]:
-    wanted = {metrics} if isinstance(metrics, str) else set(metrics)
-    if not wanted or not wanted <= set(METRICS):
+def checked_metrics(metrics: Sequence[str] | str) -> list[str]:
+    """Names of the metrics to compute, each once.
+
+    Raises:
+        ArgumentError: None, or an unknown one.
+    """
+    wanted = [metrics] if isinstance(metrics, str) else metrics
+    if not wanted or not set(wanted) <= set(METRICS):
         raise ArgumentError(f"metrics is {metrics!r}; expected some of {', '.join(METRICS)}.")
-    return wanted
+    return [name for name in METRICS if name in wanted]

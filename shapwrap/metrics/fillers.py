@@ -11,6 +11,9 @@ from shapwrap.masking.fillers import Filler, blurred, channel_means, given_pixel
 NATIVE = "native"
 """No filler: patches are removed as the wrapped model does it."""
 
+TOLERATED = 1e-3
+"""Beyond [0, 1]: what resizing and undoing a normalisation leave."""
+
 BLUR_RADIUS = 5
 BLUR_SIGMA = 5.0
 
@@ -37,7 +40,7 @@ def check_fill(fill: str | Tensor, *, beside: str | Tensor | None = None) -> Non
         beside: Another filler of the same measurement: both are native, or none.
 
     Raises:
-        ArgumentError: An unknown name, or one native filler of two.
+        ArgumentError: An unknown name, pixels outside [0, 1], or one native filler of two.
     """
     if beside is not None and is_native(fill) != is_native(beside):
         raise ArgumentError(
@@ -51,6 +54,13 @@ def check_fill(fill: str | Tensor, *, beside: str | Tensor | None = None) -> Non
             f"fill is {fill!r}; expected one of {names}, {NATIVE!r}, or a tensor of pixels in "
             "[0, 1] that broadcasts to the images."
         )
+    if isinstance(fill, Tensor) and fill.numel():
+        low, high = fill.amin().item(), fill.amax().item()
+        if low < -TOLERATED or high > 1 + TOLERATED:
+            raise ArgumentError(
+                f"fill is a tensor of values between {low:.3g} and {high:.3g}; expected pixels in "
+                "[0, 1], before normalisation, as the images are."
+            )
 
 
 def make_filler(

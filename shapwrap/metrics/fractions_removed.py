@@ -1,9 +1,13 @@
 """How many cells are gone at each step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from itertools import pairwise
+from typing import cast
+
+import torch
+from torch import Tensor
 
 from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
@@ -16,15 +20,13 @@ ATTCAT = "attcat"
 """The nine steps 1/9, 2/9, ... 1 of AttCAT's script, rounded, none twice."""
 
 
-def removed_counts(
-    num_cells: int, steps: int, fractions: Sequence[float] | str | None
-) -> list[int]:
+def removed_counts(num_cells: int, steps: int, fractions: object) -> list[int]:
     """Number of cells that are gone at each step.
 
     Args:
         num_cells: N.
         steps: Without `fractions`, this many from 10 % to 90 %, evenly spaced; one is 10 %.
-        fractions: Shares in [0, 1], each floor(g N) cells, or "attcat".
+        fractions: Shares in [0, 1], each floor(g N) cells, g in its own precision; or "attcat".
 
     Raises:
         ArgumentError: No step, or a share outside [0, 1].
@@ -39,11 +41,17 @@ def removed_counts(
         check_at_least("steps", steps, 1)
         gaps = max(steps - 1, 1)
         return [num_cells * (10 * gaps + 80 * step) // (100 * gaps) for step in range(steps)]
-    shares = [float(share) for share in fractions]
+    try:
+        shares = [float(share) for share in cast(Iterable[float], fractions)]
+    except (TypeError, ValueError):
+        shares = []
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise ArgumentError(f"fractions is {fractions!r}; expected at least one share in [0, 1].")
     # In binary, 0.29 of 100 cells and 1/49 of 49 fall just short of 29 and 1.
-    return [math.floor(share * num_cells + ROUNDING) for share in shares]
+    rounding = ROUNDING
+    if isinstance(fractions, Tensor) and fractions.is_floating_point():
+        rounding += num_cells * torch.finfo(fractions.dtype).eps
+    return [math.floor(share * num_cells + rounding) for share in shares]
 
 
 def equal_groups(num_cells: int, num_groups: int) -> list[Interval]:

@@ -22,9 +22,13 @@ def layers_by_name(model: nn.Module, names: Sequence[str]) -> Layers:
     Raises:
         ArgumentError: A name that the model lacks, or nothing to randomise.
     """
+    if isinstance(names, str):
+        raise ArgumentError(f"layers is {names!r}; expected a list of names: layers=[{names!r}].")
+    if not names:
+        raise ArgumentError("layers is empty; expected names of model.named_modules(), or None.")
     modules = dict(model.named_modules())
     unknown = [name for name in names if name not in modules]
-    if unknown or not names:
+    if unknown:
         raise ArgumentError(
             f"layers hold {unknown[:3]}, which the model lacks; expected names of "
             "model.named_modules()."

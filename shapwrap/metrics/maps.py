@@ -86,8 +86,9 @@ def scaled(
     maps: Float[Tensor, "batch rows columns"], size: tuple[int, int]
 ) -> tuple[Float[Tensor, "batch height width"], Bool[Tensor, " batch"]]:
     """Maps resized, then min-max in [0, 1] image by image; and which are constant, hence all 0."""
-    constant = is_constant(maps)
     drawn = resized(maps, size)
+    # A smaller size may also leave one value of several.
+    constant = is_constant(maps) | is_constant(drawn)
     low, high = drawn.amin(dim=(1, 2), keepdim=True), drawn.amax(dim=(1, 2), keepdim=True)
     between = (drawn - low) / (high - low)
     return torch.where(constant[:, None, None], 0.0, between), constant

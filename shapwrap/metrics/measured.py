@@ -14,13 +14,10 @@ from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import check_target
 from shapwrap.images import check_finite
-from shapwrap.metrics.fillers import check_fill, is_native, make_filler
+from shapwrap.metrics.fillers import TOLERATED, check_fill, is_native, make_filler
 from shapwrap.metrics.predictor import Predictor
 from shapwrap.metrics.ranking import Ranking, check_maps, rank_patches, rank_pixels
 from shapwrap.metrics.removal import FilledPixels, Removal, RemovedPatches, clean_logits, of_target
-
-TOLERATED = 1e-3
-"""Beyond [0, 1]: what resizing and undoing a normalisation leave."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,9 @@ def measure(
     Expects `running` around it.
 
     Raises:
-        ImageTypeError: Images that are not floating point.
-        ImageError: Images of another shape, or outside [0, 1].
+        ImageTypeError: Images that are not floating point, or in another precision than a bare
+            module.
+        ImageError: Images of another shape, on another device, or outside [0, 1].
         MapError: Maps of another shape, or not finite.
         TargetError: A class that the model does not have.
         ArgumentError: An option outside its range.
@@ -117,6 +115,8 @@ def measure(
         ranked = rank_pixels(maps, size)
     model = ExplainedModel(predict)
     _warn_of_normalization(predict)
+    if told is None:
+        model.check(images)
     logits = clean_logits(model, images, chunk_size)
     classes = check_target(target, logits)
     settings = {

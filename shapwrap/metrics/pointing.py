@@ -1,5 +1,6 @@
 """The pointing game: whether the strongest pixel, or patch, lies on the object."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,8 @@ def pointing_game(maps: Tensor, masks: Tensor, *, tolerance: float | int = 0) ->
     References:
         Zhang et al. 2018, "Top-down Neural Attention by Excitation Backprop", section 4.1.
     """
-    if not tolerance >= 0:
-        raise ArgumentError(f"tolerance is {tolerance!r}; expected pixels, at least 0.")
+    if not 0 <= tolerance < math.inf:
+        raise ArgumentError(f"tolerance is {tolerance!r}; expected pixels, at least 0, and finite.")
     checked = check_maps(maps)
     labels = check_masks(masks, checked)
     constant = is_constant(checked)

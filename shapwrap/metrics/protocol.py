@@ -9,6 +9,11 @@ from torch import Tensor
 from shapwrap._version import __version__
 
 
+def versions() -> str:
+    """What computed a number."""
+    return f"shapwrap {__version__}, torch {torch.__version__}"
+
+
 @dataclass(frozen=True)
 class Protocol:
     """All choices behind a result, in words; `print` it beside every number."""
@@ -21,8 +26,7 @@ class Protocol:
     @classmethod
     def of(cls, metric: str, settings: Mapping[str, str]) -> "Protocol":
         """These settings, followed by the versions of torch and shapwrap."""
-        versions = {"versions": f"shapwrap {__version__}, torch {torch.__version__}"}
-        return cls(metric, dict(settings) | versions)
+        return cls(metric, dict(settings) | {"versions": versions()})
 
     def __str__(self) -> str:
         width = max(map(len, self.settings))
@@ -55,7 +59,8 @@ class Scores(dict[str, Tensor]):
 
     def mean(self) -> dict[str, float]:
         """Mean over images by metric, images without a number left out; NaN if none has one."""
-        return {name: values.nanmean().item() for name, values in self.items()}
+        # In double precision, where clamped log-odds do not overflow; not every device has it.
+        return {name: values.cpu().double().nanmean().item() for name, values in self.items()}
 
     def __str__(self) -> str:
         lines = []

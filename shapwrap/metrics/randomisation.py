@@ -14,6 +14,7 @@ from shapwrap.explainers.explained_model import Model
 from shapwrap.metrics.correlation import spearman
 from shapwrap.metrics.cost import MethodCall
 from shapwrap.metrics.layers import layers_by_name, layers_from_output, parameters_read
+from shapwrap.metrics.protocol import Protocol
 
 Order = Literal["cascading", "independent"]
 Drawing = Literal["normal", "permutation"]
@@ -30,6 +31,8 @@ class Randomisation(NamedTuple):
     """Spearman's rho of their magnitudes."""
     undefined: int
     """Entries of `similarity` that are NaN."""
+    protocol: Protocol
+    """Every choice, in words."""
 
 
 def randomisation(
@@ -104,7 +107,16 @@ def randomisation(
             f"{undefined} of {similarity.numel()} similarities are undefined: a map is constant.",
             stacklevel=2,
         )
-    return Randomisation(tuple(groups), similarity, absolute, undefined)
+    settings = {
+        "similarity": "Spearman's rho with the map of the trained model",
+        "order": f"{order}, {len(groups)} layers" + (", given" if layers is not None else ""),
+        "drawing": drawing,
+        "class": "predicted by the trained model" if target is None else "given",
+        "images": f"{tuple(images.shape)}, {images.dtype}, {images.device.type}",
+        "seed": str(generator.initial_seed()),
+    }
+    protocol = Protocol.of("randomisation", settings)
+    return Randomisation(tuple(groups), similarity, absolute, undefined, protocol)
 
 
 def randomise(

@@ -12,6 +12,7 @@ from shapwrap._types import Grid
 from shapwrap.errors import ArgumentError, MapError
 from shapwrap.masking.pixels import Size, sums_over_patches
 from shapwrap.masking.pooling import compute_dtype
+from shapwrap.metrics.maps import is_constant
 
 
 class ConstantMapWarning(UserWarning):
@@ -27,7 +28,7 @@ class Ranking:
     salience: Float[Tensor, "batch cells"]
     """Value of the cells in that order."""
     constant: Bool[Tensor, " batch"]
-    """Maps with one value everywhere, whose ranks are those of the rows."""
+    """Maps with one value everywhere, up to the rounding of a resize; ranked row by row."""
     cell_of_pixel: Int[Tensor, " pixels"] | None
     """The patch that each pixel belongs to, row by row; None where the cells are pixels."""
     unit: str
@@ -83,8 +84,10 @@ def rank_pixels(maps: Float[Tensor, "batch rows columns"], size: Size) -> Rankin
     if tuple(maps.shape[-2:]) != size:
         unit += f", {maps.shape[-2]} x {maps.shape[-1]} maps upsampled bilinearly"
         drawn = functional.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
-        # Interpolation may round one value to several, whose order would mean nothing.
-        maps = torch.where(constant[:, None, None], maps[:, :1, :1], drawn)
+    else:
+        drawn = maps
+    # Interpolation may round one value to several, whose order would mean nothing.
+    maps = torch.where(constant[:, None, None], maps[:, :1, :1], drawn)
     return _rank(maps.flatten(1), constant, None, unit)
 
 
@@ -116,13 +119,13 @@ def rank_patches(
         values = maps.flatten(1)
     elif map_size == size:
         values = sums_over_patches(maps, grid, covered)
-        # Cells of unequal size would rank a constant map by their size.
-        values = torch.where(constant[:, None], maps[:, 0, :1], values)
     else:
         raise ArgumentError(
             f"grid is {grid} and maps have {map_size[0]} x {map_size[1]} values; expected one a "
             f"patch, {grid[0]} x {grid[1]}, or one a pixel, {size[0]} x {size[1]}."
         )
+    # Cells of unequal size would rank a constant map by their size.
+    values = torch.where(constant[:, None], maps[:, 0, :1], values)
     unit = f"patches, {grid[0]} x {grid[1]}"
     unit += ", values of pixels summed" if map_size != grid else ""
     return _rank(values, constant, patch_of_pixel(grid, size, maps.device), unit)
@@ -133,11 +136,6 @@ def patch_of_pixel(grid: Grid, size: Size, device: torch.device) -> Int[Tensor, 
     row = torch.arange(size[0], device=device) * grid[0] // size[0]
     column = torch.arange(size[1], device=device) * grid[1] // size[1]
     return rearrange(row[:, None] * grid[1] + column, "height width -> (height width)")
-
-
-def is_constant(maps: Float[Tensor, "batch rows columns"]) -> Bool[Tensor, " batch"]:
-    """Whether a map has one value everywhere."""
-    return maps.flatten(1).amax(dim=1) == maps.flatten(1).amin(dim=1)
 
 
 def _rank(

@@ -27,6 +27,8 @@ def salience_guided_coefficient(
     References:
         Wu et al. 2024, "On the Faithfulness of Vision Transformer Explanations".
     """
+    # Only ratios count; sums of large values would overflow.
+    salience = salience / salience.abs().amax(dim=1, keepdim=True)
     sums = torch.stack([salience[:, first:after].sum(dim=1) for first, after in groups], dim=1)
     gaps = sums[:, :, None] - sums[:, None, :]
     # A drop p - p_i is at least p - p_j where p_i is at most p_j: one rounding less.

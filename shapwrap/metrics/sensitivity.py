@@ -11,6 +11,7 @@ from torch import Tensor
 from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.correlation import pearson, spearman
+from shapwrap.metrics.protocol import Protocol
 from shapwrap.metrics.value_functions import ValueFunction
 
 Size = int | Literal["all"]
@@ -29,13 +30,15 @@ class Sensitivity(NamedTuple):
     undefined: int
     """Images and sizes without a correlation: the values of the sets, or their sums, are all the
     same."""
+    protocol: Protocol
+    """Every choice, in words."""
 
 
 def sensitivity_n(
     values: Tensor,
     value: ValueFunction,
     *,
-    sizes: Sequence[Size | str] | None = None,
+    sizes: Sequence[Size | str] | Size | str | None = None,
     num_subsets: int = 1000,
     chunk_size: int = 1000,
     generator: torch.Generator | None = None,
@@ -50,8 +53,8 @@ def sensitivity_n(
         values: Float [B, N], the explanation to judge.
         value: From coalitions, bool [B, S, N], to the output of the explained class, [B, S]:
             `native_value`, `filled_value` or any other.
-        sizes: Numbers of removed patches n, 1 to N - 1, or "all" for sets of any size; by default
-            the multiples of N / 14, as published for N = 196.
+        sizes: Number of removed patches n, 1 to N - 1, or "all" for sets of any size; one or
+            several. By default the multiples of N / 14, as published for N = 196.
         num_subsets: Sets drawn for each size and image, at least 2.
         chunk_size: Sets an image that are valued in one call.
         generator: Source of randomness, on the CPU; a new one with seed 0 if None.
@@ -87,7 +90,14 @@ def sensitivity_n(
             "are all worth the same, or their values all sum to the same.",
             stacklevel=2,
         )
-    return Sensitivity(checked, of_pearson, of_spearman, undefined)
+    settings = {
+        "worth of a set": "v(everybody) - v(the rest), v as the value function given",
+        "sets": f"{num_subsets} of each size, an image",
+        "sizes": f"{', '.join(map(str, checked))} of {num_patches} patches removed",
+        "seed": str(generator.initial_seed()),
+    }
+    protocol = Protocol.of("sensitivity-n", settings)
+    return Sensitivity(checked, of_pearson, of_spearman, undefined, protocol)
 
 
 def draw_subsets(
@@ -125,12 +135,14 @@ def _check_values(values: object) -> None:
         )
 
 
-def _check_sizes(sizes: Sequence[Size | str] | None, num_patches: int) -> tuple[Size, ...]:
+def _check_sizes(
+    sizes: Sequence[Size | str] | Size | str | None, num_patches: int
+) -> tuple[Size, ...]:
     if sizes is None:
         spread = {round(num_patches * part / 14) for part in range(1, 14)}
         return tuple(sorted(spread & set(range(1, num_patches))))
     checked: list[Size] = []
-    for size in sizes:
+    for size in (sizes,) if isinstance(sizes, int | str) else sizes:
         if size == "all":
             checked.append("all")
         elif isinstance(size, int) and 1 <= size < num_patches:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from shapwrap._types import Grid
 from shapwrap.errors import ArgumentError
+from shapwrap.explainers.explained_model import Model
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.metrics.correlation import ROUNDING, pearson, spearman
-from shapwrap.metrics.shapley_truth import ShapleyTruth, shapley_truth
+from shapwrap.metrics.shapley_truth import ShapleyTruth, checked_wrapper, shapley_truth
 from shapwrap.values.players import player_of_patch, sums_over_players
-from shapwrap.wrapper import ShapleyWrapper
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ShapleyError:
 
 
 def estimation_error(
-    wrapped: ShapleyWrapper,
+    wrapped: Model,
     images: Tensor,
     *,
     target: int | Tensor | None = None,
@@ -91,7 +91,7 @@ def estimation_error(
     """Error of phi = `wrapped.attribute(images)` against the model's own Shapley values, in logits.
 
     Args:
-        wrapped: Evaluated in eval mode, and left as it was.
+        wrapped: A `ShapleyWrapper`, evaluated in eval mode and left as it was.
         images: Float [B, C, H, W].
         target: Class index, or one for each image; the predicted class if None.
         players: Rows and columns of blocks of patches; phi is added up for each block.
@@ -114,6 +114,7 @@ def estimation_error(
     References:
         Covert, Kim & Lee 2023, "Learning to Estimate Shapley Values with Vision Transformers".
     """
+    wrapped = checked_wrapper(wrapped)
     truth = shapley_truth(
         wrapped,
         images,

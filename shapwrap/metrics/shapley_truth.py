@@ -12,13 +12,15 @@ from torch import Tensor
 
 from shapwrap._types import Grid
 from shapwrap.coalitions.exact import MAX_PLAYERS
-from shapwrap.errors import ArgumentError
+from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.estimators import (
     ShapleyEstimate,
     enumerate_coalitions,
     kernel_shap,
     permutation_sampling,
 )
+from shapwrap.explainers.explained_model import Model
+from shapwrap.metrics.protocol import versions
 from shapwrap.values.patch_game import PatchGames
 from shapwrap.wrapper import ShapleyWrapper
 
@@ -70,6 +72,10 @@ class ShapleyTruth:
     cross_check: Float[Tensor, " batch"] | None = None
     """Root mean square, over players and classes, of the difference to permutation sampling in
     units of its standard error: about 1 where the two agree. None if it was not asked for."""
+    seed: int | None = None
+    """Of the generator; None if nothing was drawn."""
+    versions: str = ""
+    """Of shapwrap and torch, when it was made."""
 
     @property
     def values(self) -> Float[Tensor, "batch players classes"]:
@@ -93,6 +99,8 @@ class ShapleyTruth:
             "converged": f"{int(estimate.converged.sum())} of {len(estimate.converged)}",
             "coalitions": int(estimate.num_coalitions.max()),
             "largest efficiency gap": float(estimate.efficiency_gap().max()),
+            "seed": self.seed,
+            "versions": self.versions,
         }
 
     def save(self, path: str | Path) -> None:
@@ -106,6 +114,8 @@ class ShapleyTruth:
                 "players": tuple(self.players),
                 "removal": self.removal,
                 "cross_check": None if self.cross_check is None else self.cross_check.cpu(),
+                "seed": self.seed,
+                "versions": self.versions,
             },
             path,
         )
@@ -118,7 +128,7 @@ class ShapleyTruth:
 
 
 def shapley_truth(
-    wrapped: ShapleyWrapper,
+    wrapped: Model,
     images: Tensor,
     *,
     players: Grid | None = None,
@@ -136,7 +146,7 @@ def shapley_truth(
     truth does not depend on its batch.
 
     Args:
-        wrapped: Evaluated in eval mode, and left as it was.
+        wrapped: A `ShapleyWrapper`, evaluated in eval mode and left as it was.
         images: Float [B, C, H, W].
         players: Rows and columns of blocks of patches that come and go together; by default every
             patch is a player. With at most 16 the truth is exact.
@@ -152,6 +162,7 @@ def shapley_truth(
         chunk_size: Masked images that run at a time.
 
     Raises:
+        BackboneTypeError: The model is not wrapped, so it plays no game of its own.
         ImageTypeError: Images that are not floating point.
         ImageError: A shape or size that the model refuses, or pixels that are not finite.
         ArgumentError: An unknown method, or a number out of range.
@@ -160,6 +171,7 @@ def shapley_truth(
         ConvergenceWarning: The threshold was not reached.
         UserWarning: The two estimators of a cross-check disagree.
     """
+    wrapped = checked_wrapper(wrapped)
     wrapped.patches_of(images)
     games = PatchGames(
         wrapped, images, wrapped._grid_of(images), players, chunk_size, wrapped._wrapping.masking
@@ -173,6 +185,21 @@ def shapley_truth(
         cross_check=cross_check,
         generator=generator,
     )
+
+
+def checked_wrapper(model: Model) -> ShapleyWrapper:
+    """The model, if it is wrapped.
+
+    Raises:
+        BackboneTypeError: It is not.
+    """
+    if not isinstance(model, ShapleyWrapper):
+        raise BackboneTypeError(
+            f"wrapped is {type(model).__name__}; expected a ShapleyWrapper: a plain model plays no "
+            "game without a way to remove patches. Use ShapleyWrapper(model), or truth_of with "
+            "games of your own."
+        )
+    return model
 
 
 def truth_of(
@@ -220,7 +247,8 @@ def truth_of(
 
     made = estimate(method, seeds[0])
     agreement = _disagreement(made, estimate("permutation", seeds[1])) if cross_check else None
-    return ShapleyTruth(made, games.players, games.removal, agreement)
+    seed = None if method == "exact" else generator.initial_seed()
+    return ShapleyTruth(made, games.players, games.removal, agreement, seed, versions())
 
 
 _SAMPLERS: dict[str, Callable[..., ShapleyEstimate]] = {

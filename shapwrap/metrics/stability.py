@@ -1,5 +1,6 @@
 """Stability: how much a map changes when the image hardly does."""
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError
 from shapwrap.metrics.cost import MethodCall
+from shapwrap.metrics.protocol import Protocol
 
 
 class Stability(NamedTuple):
@@ -21,6 +23,8 @@ class Stability(NamedTuple):
     """Mean over the noisy copies."""
     changes: Float[Tensor, "batch samples"]
     """Of each noisy copy; NaN for a map that is 0 everywhere."""
+    protocol: Protocol
+    """Every choice, in words."""
 
 
 def stability(
@@ -53,8 +57,8 @@ def stability(
     References:
         Yeh et al. 2019, "On the (In)fidelity and Sensitivity of Explanations", Eq. 4.
     """
-    if not radius > 0:
-        raise ArgumentError(f"radius is {radius!r}; expected a number above 0.")
+    if not 0 < radius < math.inf:
+        raise ArgumentError(f"radius is {radius!r}; expected a finite number above 0.")
     for name, number in (("num_samples", num_samples), ("chunk_size", chunk_size)):
         check_at_least(name, number, 1)
     generator = generator or torch.Generator().manual_seed(0)
@@ -78,4 +82,12 @@ def stability(
             "everywhere.",
             stacklevel=2,
         )
-    return Stability(changes.amax(dim=1), changes.mean(dim=1), changes)
+    settings = {
+        "change": "|phi(x + noise) - phi(x)| / |phi(x)|, Euclidean",
+        "noise": f"uniform in [-{radius:g}, {radius:g}] on every pixel, {num_samples} copies",
+        "class": "predicted on the clean image" if target is None else "given",
+        "images": f"{tuple(images.shape)}, {images.dtype}, {images.device.type}",
+        "seed": str(generator.initial_seed()),
+    }
+    protocol = Protocol.of("stability", settings)
+    return Stability(changes.amax(dim=1), changes.mean(dim=1), changes, protocol)

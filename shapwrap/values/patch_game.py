@@ -136,8 +136,8 @@ class PatchGame:
     def __init__(self, games: PatchGames, target: Tensor):
         if len(games) != 1:
             raise ImageError(
-                f"images are {len(games)}; a game is played on one. Use image[None], or games() "
-                "for a batch."
+                f"there are {len(games)} images; a game is played on one. Use images[:1], or "
+                "shapwrap.metrics.shapley_truth for the Shapley values of a batch."
             )
         self._games = games
         self.target = int(target)
@@ -157,7 +157,9 @@ class PatchGame:
             CoalitionTypeError: Not boolean.
             CoalitionError: Another shape, or no coalition.
         """
-        masks = torch.from_numpy(coalitions) if isinstance(coalitions, np.ndarray) else coalitions
+        # A copy: tensors cannot be made of reversed or read-only views.
+        is_array = isinstance(coalitions, np.ndarray)
+        masks = torch.from_numpy(coalitions.copy()) if is_array else coalitions
         if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
             came = getattr(coalitions, "dtype", type(coalitions).__name__)
             raise CoalitionTypeError(
@@ -170,7 +172,7 @@ class PatchGame:
                 f"one column for each of the {self.players[0]} x {self.players[1]} players."
             )
         values = self._games(masks.view(1, -1, self.n_players))[0, :, self.target]
-        if isinstance(coalitions, np.ndarray):
+        if is_array:
             return values.cpu().double().numpy()
         return values.to(coalitions.device)
 
