@@ -44,6 +44,8 @@ class AttentionExplainer(Explainer):
         BackboneTypeError: Neither a module nor a function.
     """
 
+    any_grid = False
+
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         self._given_grid = grid

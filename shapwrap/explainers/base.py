@@ -1,7 +1,7 @@
 """The one interface of all methods: images and a class in, an explanation out."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +45,8 @@ class Explainer(ABC):
 
     name: str
     """Short, as in tables and in `Explanation.method`."""
+    any_grid: ClassVar[bool] = True
+    """Whether values can be given for other patches than the tokens of a transformer."""
 
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         if not isinstance(chunk_size, int) or chunk_size < 1:

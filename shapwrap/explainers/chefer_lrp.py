@@ -51,6 +51,7 @@ class CheferLRP(Explainer):
     """
 
     name = "chefer-lrp"
+    any_grid = False
 
     def __init__(
         self,
