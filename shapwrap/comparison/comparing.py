@@ -57,7 +57,8 @@ def compare(
         progress: Show a progress bar; None for only on a terminal.
 
     Raises:
-        ConfigurationError: Something in the configuration cannot be meant; nothing has run yet.
+        ConfigurationError: Something in the configuration cannot be meant, or the folder cannot be
+            written or is in use by another run; nothing has run yet.
         MissingDependencyError: A package that reading, training or drawing needs is missing.
     """
     if isinstance(config, str | Path):
@@ -75,15 +76,15 @@ def compare(
     store = Store(folder, notify)
     own = {"models": models or {}, "methods": methods or {}, "metrics": metrics or {}}
     runner = Runner(config, images, store, device, run, own, notify, progress)
-    if restart:
-        store.clear()
-    folder.mkdir(parents=True, exist_ok=True)
-    model_rows, rows = runner.run()
-    comparison = Comparison(config, model_rows, rows, as_json(run), folder)
-    write_json(comparison, folder / "results.json")
-    write_csv(comparison, folder / "results.csv")
-    write_atomically(folder / "tables.md", markdown(comparison).encode())
-    _draw(comparison, images, store)
+    with store.reserved():
+        if restart:
+            store.clear()
+        model_rows, rows = runner.run()
+        comparison = Comparison(config, model_rows, rows, as_json(run), folder)
+        write_json(comparison, folder / "results.json")
+        write_csv(comparison, folder / "results.csv")
+        write_atomically(folder / "tables.md", markdown(comparison).encode())
+        _draw(comparison, images, store)
     return comparison
 
 
@@ -103,17 +104,23 @@ def _draw(comparison: Comparison, data: ComparisonData, store: Store) -> None:
         if curves is not None:
             save(curves, comparison.out / "figures" / f"curves{ending}")
         if shown is not None:
-            strips = [_strip(row, store, count, several_models=not model) for row in rows]
             names = [_class_name(int(index), data.class_names) for index in shown.label]
+            strips = [
+                _strip(row, store, count, data.class_names, several_models=not model)
+                for row in rows
+            ]
             figure = map_grid(shown.image, names, strips)
             save(figure, comparison.out / "figures" / f"maps{ending}")
 
 
-def _strip(row: MethodRow, store: Store, count: int, *, several_models: bool) -> Strip:
+def _strip(
+    row: MethodRow, store: Store, count: int, class_names: list[str], *, several_models: bool
+) -> Strip:
     """Maps of the first images."""
-    said = restore(store.tensors("maps", row.model, row.method), row.facts)
+    said = rows_of(restore(store.tensors("maps", row.model, row.method), row.facts), 0, count)
     title = f"{row.method}\n{row.model}" if several_models else row.method
-    return Strip.of(title, rows_of(said, 0, count).heatmap())
+    classes = [_class_name(int(index), class_names) for index in said.target]
+    return Strip.of(title, said.heatmap(), classes)
 
 
 def _class_name(index: int, names: list[str]) -> str:

@@ -12,6 +12,9 @@ from shapwrap.errors import ConfigurationError, MissingDependencyError
 
 ModelKind = Literal["plain", "wrapped"]
 
+CHANNELS = 3
+"""Of the images that data sets give."""
+
 MODEL_GROUPS = ("all", "plain", "wrapped")
 """What `models` of a method may say instead of names."""
 
@@ -133,6 +136,11 @@ class ComparisonConfig:
             labels = [slug(part.name) for part in getattr(self, name)]
             if not labels:
                 raise ConfigurationError(f"{name} is empty; expected at least one.")
+            if "" in labels:
+                raise ConfigurationError(
+                    f"{name}: {getattr(self, name)[labels.index('')].name!r} is no name; expected "
+                    "one with letters or digits, since results are filed under it."
+                )
             label, count = Counter(labels).most_common(1)[0]
             if count > 1:
                 raise ConfigurationError(
@@ -145,6 +153,8 @@ class ComparisonConfig:
             _at_least_one(getattr(self.data, name), f"data.{name}")
         for metric in self.metrics:
             _at_least_one(metric.images, f"metrics.{metric.name}.images")
+        if self.seed < 0:
+            raise ConfigurationError(f"seed is {self.seed}; expected 0 or more.")
         if self.figures.images < 0:
             raise ConfigurationError(
                 f"figures.images is {self.figures.images}; expected 0 or more."
@@ -162,8 +172,8 @@ class ComparisonConfig:
 
 
 def slug(label: str) -> str:
-    """A label as a file name."""
-    return re.sub(r"[^A-Za-z0-9._+]+", "-", label).strip("-.").lower()
+    """A label as a file name; letters of any script are kept."""
+    return re.sub(r"[^\w.+]+", "-", label).strip("-.").lower()
 
 
 def read_config(source: str | Path) -> ComparisonConfig:
@@ -264,6 +274,13 @@ def _check_model(model: ModelConfig) -> None:
         raise ConfigurationError(f"{where} has options of the wrapper; expected kind: wrapped.")
     if (model.mean is None) != (model.std is None):
         raise ConfigurationError(f"{where} has one of mean and std; expected both or neither.")
+    if model.mean is None or model.std is None:
+        return
+    if len(model.mean) != CHANNELS or len(model.std) != CHANNELS or min(model.std) <= 0:
+        raise ConfigurationError(
+            f"{where} has mean {list(model.mean)} and std {list(model.std)}; expected one number "
+            "for each of 3 channels, and a std above 0."
+        )
 
 
 def _at_least_one(value: int | None, where: str) -> None:

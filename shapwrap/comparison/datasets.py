@@ -1,5 +1,6 @@
 """Data sets of a comparison: images in [0, 1], labels and, where known, where the object is."""
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from shapwrap.backbones.base import Normalization
 from shapwrap.comparison.config import DataConfig
 from shapwrap.comparison.registry import load
+from shapwrap.comparison.schema import check_keys
 from shapwrap.data.digits import ClutteredDigits
 from shapwrap.data.folder import evenly_spread, image_transform, split_folder
 from shapwrap.errors import ConfigurationError
@@ -133,6 +135,7 @@ class _Scenes(Dataset[Any]):
 
 def digits(config: DataConfig, seed: int) -> ComparisonData:
     """The embedded digits among clutter; the digit's strokes are the object."""
+    check_keys(config.options, ["distractors"], "data.options")
     train = _Scenes("train", config.train_images or 1000, config, seed)
     evaluation = _Scenes("test", config.eval_images or 200, config, seed)
     return ComparisonData(train, evaluation, list(ClutteredDigits.class_names), masks=True)
@@ -142,6 +145,7 @@ def imagenette(config: DataConfig, seed: int) -> ComparisonData:
     """Ten classes of ImageNet; `root` holds imagenette2-160."""
     from torchvision.datasets import Imagenette
 
+    check_keys(config.options, ["size"], "data.options")
     options = {"size": "160px", **config.options}
     parts = []
     for split, augment in (("train", True), ("val", False)):
@@ -159,6 +163,7 @@ def imagenette(config: DataConfig, seed: int) -> ComparisonData:
 
 def folder(config: DataConfig, seed: int) -> ComparisonData:
     """One folder a class, of images; with train/ and val/ or without, as `shapwrap train` reads."""
+    check_keys(config.options, [], "data.options")
     augmented, plain = (
         image_transform(config.image_size, UNTOUCHED, augment=augment) for augment in (True, False)
     )
@@ -235,6 +240,9 @@ def imagenet_segmentation(config: DataConfig, seed: int) -> ComparisonData:
 
 def _segmentation(path: str, config: DataConfig) -> ComparisonData:
     """A set of images and masks, which nothing can be trained on."""
+    given = ("root", "path", "image_size", "normalization")
+    names = [n for n in inspect.signature(load(path)).parameters if n not in given]
+    check_keys(config.options, names, "data.options")
     masked = load(path)(
         _root(config),
         image_size=config.image_size,
@@ -268,6 +276,7 @@ class _Mirrored(Dataset[Any]):
 
 def pet(config: DataConfig, seed: int) -> ComparisonData:
     """Cats and dogs with trimaps; `root` holds oxford-iiit-pet; the border counts as unlabelled."""
+    check_keys(config.options, [], "data.options")
     train, test = (_Pets(_root(config), split, config) for split in ("trainval", "test"))
     if train.labels != test.labels:
         raise ConfigurationError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from shapwrap.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
-COLOR_MAP = "RdBu_r"
+FOR, AGAINST = (0.70, 0.09, 0.17), (0.13, 0.40, 0.67)
+"""Ends of the diverging scale, red and blue, told apart without red-green vision too."""
 
 CURVES = {
     "aopc": ("share of cells removed", "drop of probability"),
@@ -21,6 +23,9 @@ CURVES = {
     "insertion": ("share of cells inserted", "probability"),
     "deletion": ("share of cells deleted", "probability"),
 }
+
+
+PANELS = {"aopc": "AOPC", "log_odds": "LOdds"}
 
 
 class Strip(NamedTuple):
@@ -31,20 +36,24 @@ class Strip(NamedTuple):
     """[rows, H, W]."""
     limit: float
     """Of the colour scale; stronger values have the colour of the limit."""
+    classes: Sequence[str] = ()
+    """The class that each map explains; none if left out."""
 
     @classmethod
-    def of(cls, title: str, maps: Tensor) -> "Strip":
+    def of(cls, title: str, maps: Tensor, classes: Sequence[str] = ()) -> "Strip":
         """With a limit that 0.5 % of the pixels exceed: few pixels would blacken all others."""
         magnitudes = maps.abs().flatten().sort().values
         limit = magnitudes[int(0.995 * (len(magnitudes) - 1))]
-        return cls(title, maps, float(limit) or float(magnitudes[-1]) or 1.0)
+        return cls(title, maps, float(limit) or float(magnitudes[-1]) or 1.0, classes)
 
 
 def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> "Figure":
     """A figure with images as rows and methods as columns.
 
     Colours diverge around 0, red for the class and blue against it. A method has one scale for all
-    its images, written above its column: units differ between methods, so scales must.
+    its images, drawn below its column: units differ between methods, so scales must. Zero leaves
+    the pale picture as it is, and colour grows evenly with the value. A map of another class than
+    that of the image says so.
 
     Args:
         images: Float [rows, 3, H, W] in [0, 1].
@@ -60,29 +69,59 @@ def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> 
     figure = figure_class(
         figsize=(1.25 * columns + 0.2, (1.25 * aspect + 0.18) * rows + 0.45), layout="constrained"
     )
-    axes_of = figure.subplots(rows, columns, squeeze=False)
+    axes_of = figure.subplots(
+        rows + 1, columns, squeeze=False, gridspec_kw={"height_ratios": [1.0] * rows + [0.06]}
+    )
     for row in range(rows):
         axes_of[row][0].imshow(images[row].permute(1, 2, 0).numpy())
         axes_of[row][0].set_title(labels[row][:24], fontsize=6, pad=2)
-        grey = images[row].mean(dim=0).numpy() * 0.8 + 0.1
+        pale = 0.55 + 0.45 * images[row].mean(dim=0)
         for column, strip in enumerate(strips, start=1):
             axes = axes_of[row][column]
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
-            # Weak values leave the picture visible, strong ones colour it.
-            opacity = (strip.maps[row].abs() / strip.limit).clamp(0, 1).sqrt() * 0.85
-            axes.imshow(
-                strip.maps[row].numpy(),
-                cmap=COLOR_MAP,
-                vmin=-strip.limit,
-                vmax=strip.limit,
-                alpha=opacity.numpy(),
-                interpolation="nearest",
-            )
+            axes.imshow(_coloured(strip.maps[row] / strip.limit, pale), interpolation="nearest")
             if row == 0:
-                axes.set_title(f"{strip.title}\n± {strip.limit:.2g}", fontsize=6, pad=2)
+                axes.set_title(strip.title, fontsize=6, pad=2)
+            explained = strip.classes[row] if strip.classes else labels[row]
+            if explained != labels[row]:
+                axes.text(
+                    0.03,
+                    0.03,
+                    f"as {explained[:20]}",
+                    transform=axes.transAxes,
+                    fontsize=5,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+                )
     for axes in figure.axes:
         axes.set_axis_off()
+    _scales(axes_of[rows][1:], strips)
     return figure
+
+
+def _coloured(share: Tensor, pale: Tensor) -> "NDArray[Any]":
+    """A pale picture [H, W] under values in units of the limit, as colours [H, W, 3]."""
+    share = share.clamp(-1, 1)[..., None]
+    color = torch.where(share > 0, torch.tensor(FOR), torch.tensor(AGAINST))
+    return torch.lerp(pale[..., None].expand_as(color), color, share.abs()).numpy()
+
+
+def _scales(axes_of: Sequence[Any], strips: Sequence[Strip]) -> None:
+    """Below each column what its colours mean, on white."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colors = LinearSegmentedColormap.from_list("against and for", [AGAINST, (1, 1, 1), FOR])
+    for axes, strip in zip(axes_of, strips, strict=True):
+        axes.set_axis_on()
+        axes.imshow(
+            torch.linspace(-1, 1, 256)[None].numpy(),
+            cmap=colors,
+            aspect="auto",
+            extent=(-1, 1, 0, 1),
+        )
+        axes.set_yticks([])
+        axes.set_xticks([-1, 0, 1], [f"−{strip.limit:.2g}", "0", f"{strip.limit:.2g}"], fontsize=5)
+        axes.tick_params(length=1.5, width=0.4, pad=1)
+        for spine in axes.spines.values():
+            spine.set_linewidth(0.3)
 
 
 def curve_figure(
@@ -129,7 +168,7 @@ def curve_figure(
         across, up = CURVES.get(name, ("share of cells", name))
         axes.set_xlabel(across, fontsize=8)
         axes.set_ylabel(up, fontsize=8)
-        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set_title(PANELS.get(name, name.replace("_", " ")), fontsize=9)
         axes.tick_params(labelsize=7)
     handles = {
         label: handle

@@ -15,7 +15,7 @@ from shapwrap.comparison.models import PreparedModel
 from shapwrap.comparison.registry import load
 from shapwrap.comparison.store import Store
 from shapwrap.comparison.summary import Measured, jackknife_error
-from shapwrap.errors import ConfigurationError
+from shapwrap.errors import ConfigurationError, UnsupportedBackboneError
 from shapwrap.explanation import Explanation
 
 FAITHFULNESS = "shapwrap.metrics:faithfulness"
@@ -93,6 +93,10 @@ def insertion_deletion(subject: Subject) -> Measured:
 
 
 def _removal(subject: Subject, path: str) -> Measured:
+    if subject.metric.options.get("fill") == "native" and subject.model.wrapped is None:
+        raise UnsupportedBackboneError(
+            "fill: native removes patches as a wrapped model does it; this model is plain."
+        )
     metric, predict, generator = load(path), subject.predict(), subject.generator()
     numbers: dict[str, list[Tensor]] = {}
     curves: dict[str, list[Tensor]] = {}

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.comparison.config import ComparisonConfig, MethodConfig, ModelConfig
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.comparison.models import PreparedModel, model_digest, training_data
 from shapwrap.comparison.registry import METHODS, find_method, load
 from shapwrap.comparison.schema import check_keys, convert, mapping
 from shapwrap.comparison.store import Piece, Store
-from shapwrap.errors import ConfigurationError
+from shapwrap.errors import ConfigurationError, ShapwrapError
+from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explanation import Explanation
 
 Method = Callable[..., Explanation]
@@ -83,7 +85,7 @@ def make_method(
         "chunk_size": run.chunk_size,
         "generator": torch.Generator().manual_seed(run.seed),
     }
-    if model.config.grid is not None and model.wrapped is None:
+    if model.config.grid is not None and model.wrapped is None and _takes_any_grid(kind, model):
         offered["grid"] = model.config.grid
     taken = {name: value for name, value in offered.items() if name in parameters} | taken
     if isinstance(taken.get("grid"), list | int):
@@ -156,6 +158,16 @@ def trained_config(
             hint = typing.get_type_hints(type(base))[name]
             values[name] = convert(hint, values[name], f"{where}.{name}")
     return dataclasses.replace(base, **values)
+
+
+def _takes_any_grid(kind: Any, model: PreparedModel) -> bool:
+    """Whether values can be given for other patches than the model's own tokens."""
+    if getattr(kind, "any_grid", True):
+        return True
+    try:
+        return not isinstance(ExplainedModel(model.module).backbone, TokenBackbone)
+    except ShapwrapError:
+        return True
 
 
 def _option_names(kind: Any) -> list[str]:

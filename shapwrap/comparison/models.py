@@ -150,6 +150,21 @@ class ModelShelf:
         self._loaded = PreparedModel(model, module, normalization, made_from, piece.result)
         return self._loaded
 
+    def is_trained(self, model: ModelConfig) -> bool:
+        """Whether its trained weights are there."""
+        return self._store.holds("models", model.name, made_from=self.made_from(model))
+
+    def untrained(self, model: ModelConfig) -> PreparedModel:
+        """The model as it is before training, to try what would be done with it.
+
+        Raises:
+            ShapwrapError: It cannot be built.
+        """
+        module = self.build(model).to(self._device).eval()
+        return PreparedModel(
+            model, module, normalization_of(model, module), self.made_from(model), {}
+        )
+
     def _named(self, name: str) -> ModelConfig:
         return next(model for model in self._config.models if model.name == name)
 

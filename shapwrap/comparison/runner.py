@@ -2,7 +2,7 @@
 
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from shapwrap.comparison.checks import check_methods, check_metric
 from shapwrap.comparison.config import ComparisonConfig, MethodConfig, MetricConfig, ModelConfig
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.comparison.maps import explain_all, restore
 from shapwrap.comparison.measures import Subject
-from shapwrap.comparison.methods import Method, applies, class_of, make_method
+from shapwrap.comparison.methods import Method, applies, class_of, learns, make_method
 from shapwrap.comparison.models import Factory, ModelShelf, PreparedModel
 from shapwrap.comparison.registry import METRICS, find
 from shapwrap.comparison.results import MethodRow, ModelRow, Outcome, outcome_of
@@ -80,6 +81,9 @@ class Runner:
             m.name: own.get("metrics", {}).get(m.metric) or find(m.metric, METRICS, "metric")
             for m in config.metrics
         }
+        for metric in config.metrics:
+            if metric.metric not in own.get("metrics", {}):
+                check_metric(metric, data, config)
         self._data_facts = {
             name: value for name, value in asdict(config.data).items() if name != "workers"
         } | {"seed": config.seed, "images": len(data)}
@@ -87,6 +91,7 @@ class Runner:
     def run(self) -> tuple[list[ModelRow], list[MethodRow]]:
         """All rows, whatever failed on the way."""
         plan = [(m, [x for x in self.config.methods if applies(x, m)]) for m in self.config.models]
+        self._check_plan(plan)
         total = sum(1 + len(methods) * (1 + len(self.config.metrics)) for _, methods in plan)
         models, rows = [], []
         disable = None if self._progress is None else not self._progress
@@ -106,6 +111,35 @@ class Runner:
                         rows.append(self._method(model, method))
                     bar.update(1 + len(self.config.metrics))
         return models, rows
+
+    def _check_plan(self, plan: Sequence[tuple[ModelConfig, Sequence[MethodConfig]]]) -> None:
+        """Raise on what would only show once a model is trained.
+
+        Raises:
+            ConfigurationError: A method refuses its options, or no method explains any model.
+        """
+        asked = {method.name for _, methods in plan for method in methods}
+        idle = [method.name for method in self.config.methods if method.name not in asked]
+        if not asked:
+            raise ConfigurationError(
+                f"no method explains any of the models: {', '.join(idle)} explain others; give "
+                "models of that kind, or other methods."
+            )
+        for name in idle:
+            self._notify(f"{name} explains none of the models")
+        for model, methods in plan:
+            made = [m for m in methods if not learns(self._classes[m.name])]
+            if not made or not model.training or self._shelf.is_trained(model):
+                continue
+            try:
+                with self._seeded():
+                    prepared = self._shelf.untrained(model)
+            except Exception as error:
+                # Recorded as a failure in its turn, for the other models to go on.
+                self._notify(f"{model.name} cannot be built: {type(error).__name__}: {error}")
+                continue
+            with self._seeded():
+                check_methods(made, lambda m, on=prepared: self._make(m, on), model.name)
 
     # --- one model ----------------------------------------------------------------------------
 
@@ -162,10 +196,13 @@ class Runner:
         return row(metrics=outcomes, facts=piece.result, protocol=piece.protocol)
 
     def _bind(self, config: ModelConfig, method: MethodConfig) -> Method:
+        return self._make(method, self._shelf.get(config, self._progress))
+
+    def _make(self, method: MethodConfig, model: PreparedModel) -> Method:
         return make_method(
             self._classes[method.name],
             method,
-            self._shelf.get(config, self._progress),
+            model,
             self.config,
             self.data,
             self.store,

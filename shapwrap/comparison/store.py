@@ -4,15 +4,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor
 
 from shapwrap.comparison.config import slug
+from shapwrap.errors import ConfigurationError
 
 Status = Literal["finished", "not applicable", "failed"]
 Notify = Callable[[str], None]
@@ -30,6 +32,8 @@ class Piece:
     """Why there is no result."""
     protocol: dict[str, Any] = field(default_factory=dict)
     """Device, versions, command and time of the run that made it."""
+    has_tensors: bool = False
+    """Whether a .safetensors file belongs to it."""
 
 
 class Store:
@@ -46,6 +50,28 @@ class Store:
     def __init__(self, root: Path, notify: Notify):
         self.root = root
         self._notify = notify
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """No other run may write here inside; a killed run leaves nothing that would forbid it.
+
+        Raises:
+            ConfigurationError: The folder cannot be written, or another run is at work there.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise ConfigurationError(
+                f"out is {self.root}, where nothing can be written ({error}); expected a folder, "
+                "or a path that can become one."
+            ) from error
+        with file:
+            if not _lock(file):
+                raise ConfigurationError(
+                    f"another run writes to {self.root}; wait for its end, or give another out."
+                )
+            yield
 
     def clear(self) -> None:
         """Discard all pieces; other files in the folder stay."""
@@ -72,10 +98,17 @@ class Store:
         if different:
             self._notify(f"{name}: made with other settings ({', '.join(different)}), made again")
             return None
+        if piece.has_tensors and not _is_whole(_with(self.path(*key), ".safetensors")):
+            self._notify(f"{name}: its .safetensors file is missing or damaged, made again")
+            return None
         if piece.status == "failed":
             self._notify(f"{name}: failed before ({_first_line(piece.reason)}), tried again")
             return None
         return piece
+
+    def holds(self, *key: str, made_from: Mapping[str, Any]) -> bool:
+        """Whether `read` would give the piece; nobody is told."""
+        return Store(self.root, lambda _: None).read(*key, made_from=made_from) is not None
 
     def write(self, *key: str, piece: Piece, tensors: Mapping[str, Tensor] | None = None) -> Piece:
         """Put a piece in place; returns it as it will be read."""
@@ -85,6 +118,7 @@ class Store:
         self.forget(*key)
         if tensors is not None:
             write_tensors(_with(path, ".safetensors"), tensors)
+        piece = replace(piece, has_tensors=tensors is not None)
         text = json.dumps(as_json(asdict(piece)), indent=2) + "\n"
         write_atomically(_with(path, ".json"), text.encode())
         return Piece(**json.loads(text))
@@ -157,6 +191,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial.replace(path)
 
 
+def _is_whole(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +229,22 @@ def as_json(value: Any) -> Any:
     if value is None or isinstance(value, str | int | bool):
         return value
     return str(value)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the file is ours alone; the system gives it back when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _first_line(text: str) -> str:

@@ -15,6 +15,7 @@ from shapwrap.explainers.attention_pass import AttentionPass, attention_pass
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.explained_model import Model
 from shapwrap.explainers.explicit_attention import Weights
+from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import undisturbed
 
 ANY_NUMBER = range(sys.maxsize)
@@ -43,6 +44,8 @@ class AttentionExplainer(Explainer):
         BackboneTypeError: Neither a module nor a function.
     """
 
+    any_grid = False
+
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         self._given_grid = grid
@@ -57,10 +60,11 @@ class AttentionExplainer(Explainer):
         """
         grid, prefix = self._layout(images)
         chunks = zip(images.split(self.chunk_size), target.split(self.chunk_size), strict=True)
-        maps = [
-            self.map_of(attention_pass(self.model, part, classes, grid[0] * grid[1], prefix))
-            for part, classes in chunks
-        ]
+        maps = []
+        for part, classes in chunks:
+            seen = attention_pass(self.model, part, classes, grid[0] * grid[1], prefix)
+            with without_autocast(images):
+                maps.append(self.map_of(seen))
         return Attribution(torch.cat(maps), grid)
 
     @abstractmethod

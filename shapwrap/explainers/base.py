@@ -1,7 +1,7 @@
 """The one interface of all methods: images and a class in, an explanation out."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,8 @@ class Explainer(ABC):
 
     name: str
     """Short, as in tables and in `Explanation.method`."""
+    any_grid: ClassVar[bool] = True
+    """Whether values can be given for other patches than the tokens of a transformer."""
 
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         check_at_least("chunk_size", chunk_size, 1)
@@ -90,6 +92,7 @@ class Explainer(ABC):
             target=classes,
             grid=made.grid,
             image_size=(images.shape[-2], images.shape[-1]),
+            class_names=None if self.model.wrapped is None else self.model.wrapped.class_names,
             normalization=self.model.normalization,
             covered=covered,
             method=self.name,

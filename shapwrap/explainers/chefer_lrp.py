@@ -52,6 +52,7 @@ class CheferLRP(Explainer):
     """
 
     name = "chefer-lrp"
+    any_grid = False
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class CheferLRP(Explainer):
             ArgumentError: `start_layer` beyond the last block, or a grid of another model.
         """
         grid = self.model.grid_of(images)
-        module = self.model.module or nn.Identity()
+        module = nn.Identity() if self.model.module is None else self.model.module
         precision = torch.float64 if self.double else compute_dtype(images)
         parts = []
         with (

@@ -30,7 +30,9 @@ class ExplainedModel:
     """A model, wrapped or plain, or any function from images to logits.
 
     The parts of a module are found by the wrapper's own introspection, on first use; the model is
-    not changed by it.
+    not changed by it. Of a compiled module, or of one for several devices (DataParallel,
+    DistributedDataParallel), the module inside is explained: recorded are functions as they run,
+    which compiled code does not call.
 
     Args:
         model: A module, a wrapped model or a function.
@@ -52,7 +54,7 @@ class ExplainedModel:
             len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
         ):
             raise ArgumentError(f"grid is {grid!r}; expected two positive ints, rows first.")
-        self.model = model
+        self.model = _inside(model)
         self._grid = grid
         self._native: dict[tuple[int, int], Grid] = {}
 
@@ -162,3 +164,14 @@ class ExplainedModel:
         modules = [] if self.module is None else list(self.module.modules())
         with evaluation_mode(modules), torch.inference_mode(False):
             yield
+
+
+def _inside(model: Model) -> Model:
+    """The module that a compiled or a parallel one holds."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model

@@ -145,6 +145,7 @@ class GradCAM(Explainer):
             torch.random.fork_rng(devices=[]),
             torch.enable_grad(),
             in_full_precision(module),
+            torch.autocast(next(module.parameters()).device.type, enabled=False),
             without_recomputation(module),
         ):
             for variant in self._tried:
