@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -423,3 +424,11 @@ def test_bad_input():
     for options in ({"num_masks": 0}, {"cells": (0, 7)}, {"keep": 1.0}):
         with pytest.raises(ArgumentError, match=f"{next(iter(options))} is"):
             RISE(model, grid=GRID, **options)
+
+
+def test_black_is_known_for_models_of_torchvision():
+    model = torchvision.models.resnet18()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = Occlusion(model, fill="black")(images)
+    mean, std = (torch.tensor(n)[:, None, None] for n in found.normalization)
+    torch.testing.assert_close(found.values, Occlusion(model, fill=-mean / std)(images).values)

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError, TargetError
+from shapwrap.errors import (
+    ArgumentError,
+    BackboneTypeError,
+    CoalitionError,
+    ImageError,
+    TargetError,
+)
 from shapwrap.explainers import SelfExplaining
 from shapwrap.metrics import (
     filled_value,
@@ -395,6 +401,9 @@ def test_value_function_errors(network):
         filled_value(network, images, grid=(2, 3), fill=torch.zeros(5))
     with pytest.raises(ArgumentError, match="chunk_size"):
         filled_value(network, images, grid=(2, 3), chunk_size=0)
+    value = filled_value(network, images, grid=(2, 3))
+    with pytest.raises(CoalitionError, match="coalitions"):
+        value(torch.ones(len(images), 1, 5, dtype=torch.bool))
     with pytest.raises(TargetError):
         filled_value(network, images, 9, grid=(2, 3))
     with pytest.raises(ImageError, match="B >= 1"):

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from shapwrap._types import Images
-from shapwrap.backbones.base import Normalization
-from shapwrap.errors import ArgumentError, ShapwrapError
+from shapwrap.errors import ArgumentError
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.masking.fillers import blurred, given_pixels, normalised_black
 
@@ -50,20 +49,10 @@ def baseline_images(baseline: Baseline, images: Images, model: ExplainedModel) -
         return blurred(images, BLUR * min(images.shape[-2:]))
     if baseline == "zero":
         return torch.zeros_like(images)
-    normalization = _statistics(model)
+    normalization = model.normalization
     if normalization is None or len(normalization.mean) != images.shape[1]:
         raise ArgumentError(
             "baseline is 'black', but the model does not tell the mean and standard deviation of "
             "its pixels; pass the black image, normalised, as a tensor [C, 1, 1]."
         )
     return normalised_black(images, *normalization).expand_as(images)
-
-
-def _statistics(model: ExplainedModel) -> Normalization | None:
-    """As the model tells them, or the adapter that knows its library."""
-    if model.normalization is not None or model.module is None:
-        return model.normalization
-    try:
-        return model.backbone.normalization()
-    except ShapwrapError:
-        return None

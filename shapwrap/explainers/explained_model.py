@@ -135,15 +135,18 @@ class ExplainedModel:
         size = (images.shape[-2], images.shape[-1])
         return self.backbone.covered(size, self.grid_of(images))
 
-    @property
+    @cached_property
     def normalization(self) -> Normalization | None:
-        """Mean and standard deviation of the channels, where the model tells."""
+        """Mean and standard deviation of the channels, as the model tells or its adapter knows."""
         if self.wrapped is not None:
             return self.wrapped.normalization
         configuration = getattr(self.model, "pretrained_cfg", None) or {}
-        if "mean" not in configuration or "std" not in configuration:
+        if "mean" in configuration and "std" in configuration:
+            return Normalization(tuple(configuration["mean"]), tuple(configuration["std"]))
+        try:
+            return self.backbone.normalization()
+        except ShapwrapError:
             return None
-        return Normalization(tuple(configuration["mean"]), tuple(configuration["std"]))
 
     def check(self, images: Tensor) -> None:
         """Raise unless the images can be explained.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shapwrap._types import CoalitionValues, Images, Logits
 from shapwrap.backbones.base import Normalization
-from shapwrap.errors import ArgumentError, ImageError, ImageTypeError, ShapwrapError
+from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.masking.pooling import compute_dtype
 from shapwrap.wrapper import ShapleyWrapper
@@ -133,7 +133,7 @@ def predictor(model: Model, normalization: Statistics | None = None) -> Predicto
             deviation a channel.
     """
     explained = ExplainedModel(model)
-    known = normalization or explained.normalization or _told_by_parts(explained)
+    known = normalization or explained.normalization
     if known is None:
         raise ArgumentError(
             "the model does not tell with which statistics its images are normalised; expected "
@@ -151,12 +151,3 @@ def predictor(model: Model, normalization: Statistics | None = None) -> Predicto
             "each, standard deviations above 0."
         )
     return Predictor(model, Normalization(*numbers))
-
-
-def _told_by_parts(explained: ExplainedModel) -> Normalization | None:
-    if explained.module is None or explained.wrapped is not None:
-        return None
-    try:
-        return explained.backbone.normalization()
-    except ShapwrapError:
-        return None
