@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -624,11 +625,12 @@ def test_command(tmp_path, monkeypatch):
     config = json.loads(json.dumps(settings(tmp_path / "unused", **changes)))
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(sys, "argv", ["shapwrap", "compare", "--config", str(path)])
     result = command("--config", path, "--out", tmp_path / "out")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "results in" in result.output and not (tmp_path / "unused").exists()
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert record["run"]["command"].startswith("shapwrap ")
+    assert record["run"]["command"] == f"shapwrap compare --config {path}"
     assert record["config"]["out"] == str(tmp_path / "out")
     config["models"][0]["model"] = "nothing_like_it"
     path.write_text(yaml.safe_dump(config))
