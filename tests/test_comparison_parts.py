@@ -71,6 +71,7 @@ def test_defaults_and_short_forms():
         ({"data": "digits"}, ("data is 'digits'; expected keys",)),
         ({"data": {"kind": "a", "image_size": [1, 2, 3]}}, ("data.image_size", "[rows, columns]")),
         ({"data": {"kind": "a", "eval_images": 0}}, ("data.eval_images is 0",)),
+        ({"data": {"kind": "a", "accuracy_images": 0}}, ("data.accuracy_images is 0",)),
         ({"models": []}, ("models is empty",)),
         ({"models": "resnet18"}, ("models is 'resnet18'; expected a list",)),
         ({"models": ["a", "A"]}, ("2 of them are called 'a'",)),
@@ -322,13 +323,14 @@ def test_tables_by_hand():
     ]
     rows.append(MethodRow("A", "plain", "v", "not applicable", "a\nreason"))
     models = [
-        ModelRow("A", "plain", "finished", "", 0.75, 0.02, 22_000_000, 1_500_000_000),
+        ModelRow("A", "plain", "finished", "", 0.75, 0.02, 22_000_000, 1_500_000_000, None, 400),
         ModelRow("B", "wrapped", "finished", "", None, None, 3_400_000, 10**8, 2 * 10**8),
     ]
     run = {"versions": {"torch": "2"}, "device": "cpu", "command": "c", "date": "d", "images": 9}
     text = markdown(Comparison(parse_config(SMALL), models, rows, run, Path("out")))
     lines = text.splitlines()
     assert "| A | plain | 75.0 ± 2.0 | 22.0 M | 1.50 G |" in lines
+    assert "Accuracy on 400 images. Multiply-adds" in text
     assert "| B | wrapped | – | 3.4 M | 0.20 G |" in lines
     assert "| A | x | **0.500** ± 0.010 | **-2.000** ± 0.010 | – |" in lines
     assert "| A | y\\|z | **0.500** ± 0.010 | -1.000 ± 0.010 | – |" in lines
@@ -349,9 +351,21 @@ def test_digits_are_in_range_and_their_masks_are_the_evidence():
     masks = torch.cat([batch.mask for batch in batches])
     assert set(masks.unique().tolist()) == {0, 1}
     assert [len(batch.image) for batch in data.batches(2, limit=3)] == [2, 1]
+    assert [len(batch.image) for batch in data.test_batches(4)] == [4, 1]
     loader = data.training_batches(configuration_statistics(), 4)
     batch, labels = next(iter(loader))
     assert batch.shape == (4, 3, 48, 64) and batch.min() < -0.9 and labels.dtype == torch.int64
+
+
+def test_accuracy_may_be_measured_on_more_images():
+    config = configuration.DataConfig(
+        "digits", image_size=(48, 64), eval_images=2, accuracy_images=7
+    )
+    data = digits(config, seed=2)
+    assert len(data) == 2
+    assert sum(len(batch.image) for batch in data.test_batches(4)) == 7
+    explained, tested = next(iter(data.batches(2))), next(iter(data.test_batches(4)))
+    assert torch.equal(explained.image, tested.image[:2])
 
 
 def configuration_statistics():

@@ -33,6 +33,8 @@ class DataConfig:
     """At most this many, spread evenly over the data; all if null."""
     eval_images: int | None = None
     """Images that are explained and measured; all if null."""
+    accuracy_images: int | None = None
+    """Images of the same split that accuracy is measured on; those that are explained if null."""
     workers: int = 0
     """Processes that load training images."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +151,7 @@ class ComparisonConfig:
                 )
         for name in ("batch_size", "chunk_size"):
             _at_least_one(getattr(self, name), name)
-        for name in ("train_images", "eval_images"):
+        for name in ("train_images", "eval_images", "accuracy_images"):
             _at_least_one(getattr(self.data, name), f"data.{name}")
         for metric in self.metrics:
             _at_least_one(metric.images, f"metrics.{metric.name}.images")

@@ -48,6 +48,8 @@ class ComparisonData:
     masks: bool = False
     """Whether samples have masks."""
     workers: int = 0
+    tested: Dataset[Any] | None = None
+    """`Sample`s that accuracy is measured on; those that are explained if None."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was loaded, for the record."""
 
@@ -60,6 +62,13 @@ class ComparisonData:
         images = self.evaluation
         if limit is not None and limit < len(self):
             images = Subset(images, range(limit))
+        return self._read(images, size)
+
+    def test_batches(self, size: int) -> Iterator[Sample]:
+        """The images that accuracy is measured on."""
+        return self._read(self.evaluation if self.tested is None else self.tested, size)
+
+    def _read(self, images: Dataset[Any], size: int) -> Iterator[Sample]:
         yield from DataLoader(
             images,
             size,
@@ -138,7 +147,11 @@ def digits(config: DataConfig, seed: int) -> ComparisonData:
     check_keys(config.options, ["distractors"], "data.options")
     train = _Scenes("train", config.train_images or 1000, config, seed)
     evaluation = _Scenes("test", config.eval_images or 200, config, seed)
-    return ComparisonData(train, evaluation, list(ClutteredDigits.class_names), masks=True)
+    tested = None
+    if config.accuracy_images is not None:
+        tested = _Scenes("test", config.accuracy_images, config, seed)
+    names = list(ClutteredDigits.class_names)
+    return ComparisonData(train, evaluation, names, masks=True, tested=tested)
 
 
 def imagenette(config: DataConfig, seed: int) -> ComparisonData:
@@ -179,6 +192,7 @@ def _of_pairs(
         _Samples(evenly_spread(validation, config.eval_images)),
         names,
         workers=config.workers,
+        tested=_tested(_Samples(validation), config),
     )
 
 
@@ -288,7 +302,13 @@ def pet(config: DataConfig, seed: int) -> ComparisonData:
         train.class_names,
         masks=True,
         workers=config.workers,
+        tested=_tested(test, config),
     )
+
+
+def _tested(samples: Dataset[Any], config: DataConfig) -> Dataset[Any] | None:
+    count = config.accuracy_images
+    return None if count is None else evenly_spread(samples, count)
 
 
 def _root(config: DataConfig) -> str:

@@ -243,7 +243,11 @@ class ModelShelf:
 def training_data(config: ComparisonConfig) -> dict[str, Any]:
     """The part of the data's settings that training depends on."""
     settings = asdict(config.data)
-    return {name: settings[name] for name in settings if name not in ("eval_images", "workers")}
+    return {
+        name: settings[name]
+        for name in settings
+        if name not in ("eval_images", "accuracy_images", "workers")
+    }
 
 
 def normalization_of(model: ModelConfig, module: nn.Module) -> Normalization:

@@ -41,6 +41,8 @@ class ModelRow:
     """Of the logits of one image."""
     multiply_adds_explained: int | None = None
     """With the patch values of all classes, for a wrapped model."""
+    accuracy_images: int | None = None
+    """How many images accuracy was measured on."""
     protocol: dict[str, Any] = field(default_factory=dict)
 
 

@@ -85,7 +85,9 @@ class Runner:
             if metric.metric not in own.get("metrics", {}):
                 check_metric(metric, data, config)
         self._data_facts = {
-            name: value for name, value in asdict(config.data).items() if name != "workers"
+            name: value
+            for name, value in asdict(config.data).items()
+            if name not in ("workers", "accuracy_images")
         } | {"seed": config.seed, "images": len(data)}
 
     def run(self) -> tuple[list[ModelRow], list[MethodRow]]:
@@ -145,7 +147,11 @@ class Runner:
 
     def _model(self, config: ModelConfig) -> ModelRow:
         key = ("metrics", config.name, "model")
-        made_from = {"model": digest(self._shelf.made_from(config)), "data": self._data_facts}
+        tested = {"accuracy_images": self.config.data.accuracy_images}
+        made_from = {
+            "model": digest(self._shelf.made_from(config)),
+            "data": self._data_facts | tested,
+        }
 
         def make() -> dict[str, Any]:
             model = self._shelf.get(config, self._progress)

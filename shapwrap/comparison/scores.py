@@ -18,14 +18,14 @@ def model_scores(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Accuracy on the images that are explained, parameters, and multiply-adds of one image.
+    """Accuracy on the images to test on, parameters, and multiply-adds of one image.
 
     No accuracy where labels are unknown (negative), or the model's classes are not the data's.
     """
     module = model.module
     correct, known = [], True
     image = None
-    for batch in data.batches(batch_size):
+    for batch in data.test_batches(batch_size):
         images = model.normalize(batch.image.to(device))
         image = images[:1] if image is None else image
         logits = module(images)
@@ -39,6 +39,7 @@ def model_scores(
     return {
         "accuracy": float(right.mean()) if known else None,
         "accuracy_error": standard_error(right) if known else None,
+        "accuracy_images": len(right) if known else None,
         "parameters": count_parameters(module),
         "multiply_adds": count_multiply_adds(module, lambda: module(image)),
         "multiply_adds_explained": attributed,

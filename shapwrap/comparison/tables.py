@@ -80,7 +80,9 @@ def model_table(comparison: Comparison) -> str:
         lines.append([row.model, row.kind, accuracy, count, _multiply_adds(row)])
     header = ["model", "kind", "Acc@1, % ↑", "parameters", "multiply-adds"]
     text = "## Models (the paper's Table 1)\n\n" + _table(header, lines, left=2)
-    return f"{text}\n\nMultiply-adds of one image; of a wrapped model with all patch values."
+    tested = sorted({row.accuracy_images for row in done if row.accuracy_images})
+    on = f"Accuracy on {' or '.join(map(str, tested))} images. " if tested else ""
+    return f"{text}\n\n{on}Multiply-adds of one image; of a wrapped model with all patch values."
 
 
 def metric_table(comparison: Comparison, metric: MetricConfig) -> str:
