@@ -15,7 +15,7 @@ from shapwrap.comparison.registry import load
 from shapwrap.comparison.schema import check_keys
 from shapwrap.data.digits import ClutteredDigits
 from shapwrap.data.folder import evenly_spread, image_transform, split_folder
-from shapwrap.errors import ConfigurationError
+from shapwrap.errors import ArgumentError, ConfigurationError
 
 UNTOUCHED = Normalization((0.0,) * 3, (1.0,) * 3)
 """Leaves pixels in [0, 1]."""
@@ -200,32 +200,26 @@ class _Pets(Dataset[Any]):
     """Images stretched to the size, without a crop, so that image and trimap agree."""
 
     def __init__(self, root: str, split: str, config: DataConfig):
-        from torchvision.datasets import OxfordIIITPet
+        from shapwrap.data import PetSegmentation
 
         try:
-            self._pets = OxfordIIITPet(root, split=split, target_types=["category", "segmentation"])
-        except RuntimeError as error:
+            self._pets = PetSegmentation(
+                root, split, image_size=config.image_size, normalization=UNTOUCHED
+            )
+        except ArgumentError as error:
             raise ConfigurationError(
-                f"data.root {config.root!r} cannot be read as Oxford-IIIT Pet ({error}); expected "
-                "a folder that holds oxford-iiit-pet."
+                f"data.root {config.root!r} cannot be read as Oxford-IIIT Pet: {error}"
             ) from error
-        self._size = config.image_size
         # A subset of the breeds keeps the numbers of the whole; a classifier wants 0 to K - 1.
-        self.labels = sorted(set(self._pets._labels))
-        self.class_names = list(self._pets.classes)
+        self.labels = sorted(set(self._pets.breeds))
+        self.class_names = self._pets.class_names
 
     def __len__(self) -> int:
         return len(self._pets)
 
     def __getitem__(self, index: int) -> Sample:
-        from torchvision.transforms import functional as vision
-
-        image, (label, trimap) = self._pets[index]
-        pixels: Any = vision.resize(image.convert("RGB"), list(self._size))
-        marks: Any = vision.resize(trimap, list(self._size), vision.InterpolationMode.NEAREST)
-        marks = vision.pil_to_tensor(marks)[0].long()
-        mask = torch.where(marks == 3, -1, (marks == 1).long())
-        return Sample(vision.pil_to_tensor(pixels).float() / 255, self.labels.index(label), mask)
+        image, mask = self._pets[index]
+        return Sample(image, self.labels.index(self._pets.breeds[index]), mask)
 
 
 class _Unlabelled(Dataset[Any]):

@@ -51,6 +51,7 @@ class PetSegmentation(SegmentationDataset):
                 "folders images and annotations. Pass download=True to fetch it."
             ) from error
         self.class_names = list(self._pets.classes)
+        self.breeds = list(self._pets._labels)
 
     def __len__(self) -> int:
         """Number of images."""
