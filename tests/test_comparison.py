@@ -16,22 +16,23 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from typer.testing import CliRunner
 
-from shapwrap import ShapleyWrapper
+from shapwrap import ShapleyWrapper, metrics
 from shapwrap.cli.app import app
-from shapwrap.comparison import Measured, Sample, compare, measures, training
+from shapwrap.comparison import Measured, Sample, compare
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.errors import ArgumentError, ConfigurationError, UnsupportedBackboneError
 from shapwrap.explainers import RandomMap
+from shapwrap.training import plain
 from tests import fake_metrics
 
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 IMAGES = 7
 FAKES = {
-    "FAITHFULNESS": "faithfulness",
-    "PREDICTOR": "predictor",
-    "SEGMENTATION": "segmentation_statistics",
-    "POINTING": "pointing_game",
-    "COST": "cost",
+    "faithfulness",
+    "predictor",
+    "segmentation_statistics",
+    "pointing_game",
+    "cost",
 }
 
 
@@ -105,9 +106,9 @@ METHODS = {"counting": Counting, "learned": Learned}
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch):
-    for constant, name in FAKES.items():
-        monkeypatch.setattr(measures, constant, f"tests.fake_metrics:{name}")
-    monkeypatch.setattr(training, "FINE_TUNE", "tests.fake_metrics:fine_tune")
+    for name in FAKES:
+        monkeypatch.setattr(metrics, name, getattr(fake_metrics, name))
+    monkeypatch.setattr(plain, "fine_tune", fake_metrics.fine_tune)
     for name, value in (("calls", 0), ("error", None), ("error_at", 0)):
         monkeypatch.setattr(Counting, name, value)
     monkeypatch.setattr(Learned, "fits", 0)
@@ -272,8 +273,8 @@ def test_a_second_run_makes_nothing(tmp_path, monkeypatch):
     def not_measured_again(*arguments, **options):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(fake_metrics, "faithfulness", not_measured_again)
-    monkeypatch.setattr(fake_metrics, "fine_tune", None)
+    monkeypatch.setattr(metrics, "faithfulness", not_measured_again)
+    monkeypatch.setattr(plain, "fine_tune", None)
     notes = []
     again = run(tmp_path, notes)
     assert Counting.calls == calls and notes == []
@@ -517,7 +518,7 @@ def test_a_metric_that_fails_leaves_the_others(tmp_path, monkeypatch):
     def broken(*arguments, **options):
         raise ValueError("broken metric")
 
-    monkeypatch.setattr(fake_metrics, "faithfulness", broken)
+    monkeypatch.setattr(metrics, "faithfulness", broken)
     done = run(tmp_path)
     assert len(done.failures()) == 5 and "broken metric" in done.failures()[0]
     row = done.rows[0]
@@ -535,7 +536,7 @@ def test_warnings_are_recorded_once(tmp_path, monkeypatch):
         warnings.warn("constant maps", stacklevel=2)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(fake_metrics, "faithfulness", warning)
+    monkeypatch.setattr(metrics, "faithfulness", warning)
     notes = []
     done = run(tmp_path, notes)
     assert len(notes) == 5

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shapwrap.comparison import compare, measures, parse_config, read_config
+from shapwrap import metrics
+from shapwrap.comparison import compare, parse_config, read_config
 from shapwrap.comparison import config as configuration
 from shapwrap.comparison.datasets import (
     UNTOUCHED,
@@ -31,6 +32,7 @@ from shapwrap.comparison.summary import Measured, jackknife_error
 from shapwrap.comparison.tables import markdown
 from shapwrap.errors import ArgumentError, ConfigurationError
 from shapwrap.training.config import TrainerConfig
+from tests import fake_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples" / "compare").glob("*.yaml"))
@@ -438,7 +440,7 @@ def test_segmentation_sets_have_no_labels_and_nothing_to_train_on(kind, monkeypa
     changes = {"data": {"kind": "s", "image_size": [48, 64]}, "metrics": ["cost"]}
     model = {"name": "a", "model": "tests.test_comparison:TinyCNN", "grid": 2}
     model |= {"mean": [0, 0, 0], "std": [1, 1, 1]}
-    monkeypatch.setattr(measures, "COST", "tests.fake_metrics:cost")
+    monkeypatch.setattr(metrics, "cost", fake_metrics.cost)
     settings = {**SMALL, **changes, "models": [model], "out": str(tmp_path)}
     settings["figures"] = {"images": 1}
     done = compare(settings, **own)

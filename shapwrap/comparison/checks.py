@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from shapwrap.comparison import measures, truth
+from shapwrap import metrics
 from shapwrap.comparison.config import ComparisonConfig, MethodConfig, MetricConfig
 from shapwrap.comparison.datasets import UNTOUCHED, ComparisonData
 from shapwrap.comparison.methods import Method
-from shapwrap.comparison.registry import load
 from shapwrap.comparison.schema import check_keys
 from shapwrap.errors import ArgumentError, ConfigurationError, ShapwrapError
 
@@ -42,13 +41,13 @@ def check_metric(metric: MetricConfig, data: ComparisonData, config: ComparisonC
             )
     if metric.metric not in GIVEN:
         return
-    paths = {
-        "faithfulness": measures.FAITHFULNESS,
-        "insertion_deletion": measures.INSERTION_DELETION,
-        "shapley_truth": truth.TRUTH,
-        "cost": measures.COST,
+    functions: dict[str, Callable[..., Any]] = {
+        "faithfulness": metrics.faithfulness,
+        "insertion_deletion": metrics.insertion_deletion,
+        "shapley_truth": metrics.shapley_truth,
+        "cost": metrics.cost,
     }
-    function = load(paths[metric.metric])
+    function = functions[metric.metric]
     names = [n for n in inspect.signature(function).parameters if n not in GIVEN[metric.metric]]
     check_keys(metric.options, names, where)
     if "maps" in GIVEN[metric.metric] and metric.options.get("fill") != "native":
@@ -68,7 +67,7 @@ def _try_removal(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             function(
-                load(measures.PREDICTOR)(model, UNTOUCHED),
+                metrics.predictor(model, UNTOUCHED),
                 torch.full((1, 3, height, width), 0.5),
                 maps,
                 target=torch.zeros(1, dtype=torch.long),

@@ -7,23 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from shapwrap import metrics
 from shapwrap.comparison.config import MetricConfig
 from shapwrap.comparison.datasets import ComparisonData
 from shapwrap.comparison.maps import rows_of
 from shapwrap.comparison.methods import Method
 from shapwrap.comparison.models import PreparedModel
-from shapwrap.comparison.registry import load
 from shapwrap.comparison.store import Store
 from shapwrap.comparison.summary import Measured, jackknife_error
 from shapwrap.errors import ConfigurationError, UnsupportedBackboneError
 from shapwrap.explanation import Explanation
-
-FAITHFULNESS = "shapwrap.metrics:faithfulness"
-INSERTION_DELETION = "shapwrap.metrics:insertion_deletion"
-PREDICTOR = "shapwrap.metrics:predictor"
-SEGMENTATION = "shapwrap.metrics:segmentation_statistics"
-POINTING = "shapwrap.metrics:pointing_game"
-COST = "shapwrap.metrics:cost"
 
 
 class Batch(NamedTuple):
@@ -71,7 +64,7 @@ class Subject:
 
     def predict(self) -> Any:
         """Images in [0, 1] to logits."""
-        return load(PREDICTOR)(self.model.module, self.model.normalization)
+        return metrics.predictor(self.model.module, self.model.normalization)
 
     def maps(self, batch: Batch) -> Tensor:
         """Maps as the options of the metric ask: of patches, or of pixels."""
@@ -84,20 +77,20 @@ class Subject:
 
 def faithfulness(subject: Subject) -> Measured:
     """AOPC, log-odds and SaCo; options are those of `shapwrap.metrics.faithfulness`."""
-    return _removal(subject, FAITHFULNESS)
+    return _removal(subject, metrics.faithfulness)
 
 
 def insertion_deletion(subject: Subject) -> Measured:
     """Areas of both curves; options are those of `shapwrap.metrics.insertion_deletion`."""
-    return _removal(subject, INSERTION_DELETION)
+    return _removal(subject, metrics.insertion_deletion)
 
 
-def _removal(subject: Subject, path: str) -> Measured:
+def _removal(subject: Subject, metric: Callable[..., Any]) -> Measured:
     if subject.metric.options.get("fill") == "native" and subject.model.wrapped is None:
         raise UnsupportedBackboneError(
             "fill: native removes patches as a wrapped model does it; this model is plain."
         )
-    metric, predict, generator = load(path), subject.predict(), subject.generator()
+    predict, generator = subject.predict(), subject.generator()
     numbers: dict[str, list[Tensor]] = {}
     curves: dict[str, list[Tensor]] = {}
     scores: Any = None
@@ -145,8 +138,8 @@ def localisation(subject: Subject) -> Measured:
         if batch.masks is None:
             raise ConfigurationError("an image of this data has no mask; expected one each.")
         maps, masks = batch.explanation.heatmap(), batch.masks
-        parts.append(load(SEGMENTATION)(maps, masks, chunk_size=subject.chunk_size))
-        pointed.append(load(POINTING)(maps, masks))
+        parts.append(metrics.segmentation_statistics(maps, masks, chunk_size=subject.chunk_size))
+        pointed.append(metrics.pointing_game(maps, masks))
     rows = {name: torch.cat([getattr(p, name) for p in parts]) for name in SEGMENTED}
     measured = Measured(
         protocol={
@@ -195,7 +188,7 @@ def cost(subject: Subject) -> Measured:
     batch = next(subject.batches())
     image = subject.model.normalize(batch.images[:1])
     target = batch.explanation.target[:1].to(subject.device)
-    found = load(COST)(subject.bind(), image, target, **subject.metric.options)
+    found = metrics.cost(subject.bind(), image, target, **subject.metric.options)
     images = int(subject.facts["images"])
     summary = {
         "forward_equivalents": float(found.forward_equivalents),

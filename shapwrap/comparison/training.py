@@ -8,13 +8,10 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from shapwrap.comparison.registry import load
 from shapwrap.comparison.schema import check_keys, convert, from_mapping
 from shapwrap.errors import ConfigurationError
 from shapwrap.training.config import TrainerConfig
 from shapwrap.wrapper import ShapleyWrapper
-
-FINE_TUNE = "shapwrap.training.plain:fine_tune"
 
 OURS = {"output_dir", "seed", "progress"}
 """Settings that the comparison decides."""
@@ -74,7 +71,9 @@ def train(
         if isinstance(module, ShapleyWrapper):
             history = Trainer(module, batches(size), config=config).fit(resume=resume)
         else:
-            history = load(FINE_TUNE)(module, batches(size), config=config, resume=resume)
+            from shapwrap.training import plain
+
+            history = plain.fine_tune(module, batches(size), config=config, resume=resume)
         records.append(history[-1] if history else {})
     return records
 

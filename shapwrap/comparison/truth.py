@@ -4,17 +4,13 @@ from typing import Any
 
 import torch
 
+from shapwrap import metrics
 from shapwrap.comparison.maps import rows_of
 from shapwrap.comparison.measures import Subject
 from shapwrap.comparison.models import model_digest
-from shapwrap.comparison.registry import load
 from shapwrap.comparison.store import Piece
 from shapwrap.comparison.summary import Measured
 from shapwrap.errors import UnsupportedBackboneError
-
-TRUTH = "shapwrap.metrics:shapley_truth"
-TRUTH_CLASS = "shapwrap.metrics:ShapleyTruth"
-ERROR = "shapwrap.metrics:shapley_error"
 
 NUMBERS = ("l2", "rmse", "pearson", "spearman", "skill")
 
@@ -33,7 +29,7 @@ def shapley_truth(subject: Subject) -> Measured:
             f"the method explains {said.grid[0]} x {said.grid[1]} patches, the game has "
             f"{players[0]} x {players[1]} players; expected a multiple."
         )
-    error = load(ERROR)(said, truth)
+    error = metrics.shapley_error(said, truth)
     measured = Measured(protocol={name: str(what) for name, what in truth.protocol().items()})
     measured.protocol["class"] = "predicted"
     numbers = {name: getattr(error.target, name) for name in NUMBERS}
@@ -59,9 +55,9 @@ def _truth_of_the_model(subject: Subject) -> Any:
     }
     path = subject.store.path(*key).with_name(subject.store.path(*key).name + ".pt")
     if subject.store.read(*key, made_from=made_from) is not None and path.is_file():
-        return load(TRUTH_CLASS).load(path)
+        return metrics.ShapleyTruth.load(path)
     images = torch.cat([subject.model.normalize(batch.images) for batch in subject.batches()])
-    truth = load(TRUTH)(
+    truth = metrics.shapley_truth(
         wrapped,
         images,
         chunk_size=subject.chunk_size,
@@ -74,4 +70,4 @@ def _truth_of_the_model(subject: Subject) -> Any:
     subject.store.forget(*key)
     partial.replace(path)
     subject.store.write(*key, piece=Piece("finished", made_from))
-    return load(TRUTH_CLASS).load(path)
+    return metrics.ShapleyTruth.load(path)

@@ -52,6 +52,7 @@ class PetSegmentation(SegmentationDataset):
             ) from error
         self.class_names = list(self._pets.classes)
         self.breeds = list(self._pets._labels)
+        """Index of each image's breed in `class_names`."""
 
     def __len__(self) -> int:
         """Number of images."""
