@@ -6,6 +6,7 @@ from shapwrap._version import __version__
 from shapwrap.audit import Audit
 from shapwrap.backbones.base import Backbone, FeatureMap
 from shapwrap.backbones.registry import register_backbone
+from shapwrap.clip import ShapleyCLIP
 from shapwrap.coalitions import (
     all_coalitions,
     exact_shapley_values,
@@ -29,6 +30,7 @@ __all__ = [
     "Explanation",
     "FeatureMap",
     "Report",
+    "ShapleyCLIP",
     "ShapleyOutput",
     "ShapleyWrapper",
     "ShapwrapError",

@@ -9,6 +9,9 @@ Images = Float[Tensor, "batch channels height width"]
 PatchFeatures = Float[Tensor, "batch patches features"]
 """What the encoder says about each patch, before any pooling."""
 
+PatchEmbeddings = Float[Tensor, "batch patches embedding"]
+"""What is pooled: the features of each patch, or what a readout makes of them."""
+
 PooledFeatures = Float[Tensor, "items features"]
 """One feature vector an item."""
 

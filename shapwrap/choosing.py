@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.base import Backbone
@@ -29,7 +30,7 @@ from shapwrap.errors import (
 )
 from shapwrap.probing import FAILURES, check_image_size, random_images, runs
 from shapwrap.readout.head import Head, new_head
-from shapwrap.readout.readouts import ReadoutName
+from shapwrap.readout.readouts import CosineReadout, ReadoutName
 from shapwrap.values.game import logits_of
 
 Masking = Literal["token-removal", "zero-mask"]
@@ -204,7 +205,9 @@ def _attempt(
     if request.features is not None and backbone.classifiers():
         # The head that was passed is a submodule of the model.
         replacement = None
-    head = _make_head(backbone, replacement, like, request.readout)
+    cosine = request.readout == CosineReadout.name
+    # What is claimed of pooling is proved on the head as it was pretrained.
+    head = _make_head(backbone, replacement, like, "auto" if cosine else request.readout)
     hidden, output = backbone.original(images)
     if replacement is not None:
         hidden = head.pre_logits.after_model(hidden)
@@ -219,6 +222,9 @@ def _attempt(
         _check_pooling(backbone, "the input of its classifier", hidden, pooled)
         logits = logits_of(head, complete, training=False)
         _check_pooling(backbone, "its logits", output, logits)
+    if cosine:
+        head.read_cosines(backbone)
+        output = head.classifier(functional.normalize(hidden, dim=-1))
     return Choice(
         backbone=backbone,
         head=head,

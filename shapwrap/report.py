@@ -11,6 +11,7 @@ from shapwrap.backbones.stride_one import native_strides
 from shapwrap.choosing import Masking
 from shapwrap.flops import count_operations
 from shapwrap.probing import random_images, undisturbed
+from shapwrap.readout.readouts import CosineReadout
 from shapwrap.wrapping import Wrapping
 
 if TYPE_CHECKING:
@@ -140,6 +141,11 @@ def note_for(wrapping: Wrapping, *, new_head: bool) -> str:
         sentences.append(
             "The class and register tokens, which patches could see, were dropped: fine-tune "
             "before use."
+        )
+    if isinstance(wrapping.head.readout, CosineReadout) and not is_exact(wrapping):
+        sentences.append(
+            "Each patch's embedding is brought to unit length before the mean, so similarities are "
+            "not those of the pretrained embedding: fine-tune before use."
         )
     if wrapping.stride_changes:
         sentences.append(

@@ -1,18 +1,18 @@
 """ShapleyWrapper: any pretrained backbone, made to explain itself."""
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
 from shapwrap.backbones.base import Normalization
+from shapwrap.backbones.image_text import reads_texts
 from shapwrap.backbones.stride_one import restore
-from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.choosing import Request
 from shapwrap.coalitions.checks import (
     are_complement_pairs,
@@ -20,12 +20,11 @@ from shapwrap.coalitions.checks import (
     resolve_pairing,
 )
 from shapwrap.coalitions.sampling import Distribution
-from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError, UnsupportedBackboneError
+from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation, check_target
 from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
-from shapwrap.probing import check_image_size, random_images, undisturbed
 from shapwrap.report import Report, count_parameters, report_on
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
@@ -46,12 +45,14 @@ class ShapleyWrapper(nn.Module):
 
     Args:
         model: A timm or torchvision classifier, a module built like one, or the image tower of an
-            open_clip model (`model.visual`, with `head` or `num_classes`).
+            open_clip model (`model.visual`, with `head` or `num_classes`). For a whole open_clip
+            model the result is a `ShapleyCLIP`.
         masking: How absent patches are hidden. "token-removal" removes tokens before the first
             block, "zero-mask" sets pixels to zero, "auto" removes tokens where a test on the
             model proves that this is legitimate.
         readout: How the pretrained head is shared among patches: "affine", "shared-norm", "gap",
-            "efficiency-gap", or "auto" for the most local one that is exact.
+            "efficiency-gap", or "auto" for the most local one that is exact; "cosine" compares the
+            direction of each patch's embedding, as `ShapleyCLIP` does.
         grid: Rows and columns of patches. Finer than the backbone's own, it runs the last stages
             of a convolutional backbone at stride 1, as the paper does for ResNet-50.
         features: For a model of your own, where its patches are: the name of a submodule, or a
@@ -81,6 +82,14 @@ class ShapleyWrapper(nn.Module):
         Fan, Yang & Ma 2026, "Enhancing Interpretability for Vision Models via Shapley Value
         Optimization", AAAI-26, Eq. 5 to 10.
     """
+
+    def __new__(cls, model: object = None, **options: Any) -> Self:
+        """A `ShapleyCLIP` for a model of images and texts, else a wrapper of this class."""
+        if cls is ShapleyWrapper and reads_texts(model):
+            from shapwrap.clip import wrap_image_text
+
+            return cast(Self, wrap_image_text(model, options))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -112,7 +121,6 @@ class ShapleyWrapper(nn.Module):
         self.new_head = new_head
         self.patch_layer = self._wrapping.head.patch_layer
         self.training = modes[model]
-        self._grid_of_size = {self._wrapping.image_size: self._wrapping.grid}
         unused = unused_parameters(self._wrapping, new_head)
         self._frozen = [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self._frozen:
@@ -160,7 +168,7 @@ class ShapleyWrapper(nn.Module):
         check_coalitions(coalitions, images.shape[0], features.shape[1])
         paired = resolve_pairing(coalitions, paired)
         coalitions = coalitions.to(images.device, non_blocking=True)
-        means = self._masked_means(images, coalitions, paired)
+        means = self._wrapping.masked_means(images, coalitions, paired)
         with without_autocast(images):
             channels = head.draw_dropout(features, training=self.training)
             logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
@@ -206,8 +214,7 @@ class ShapleyWrapper(nn.Module):
             Fan, Yang & Ma 2026, Eq. 9, 10 and 13.
         """
         self._check(images, finite=True)
-        grid = self._grid_of(images)
-        check_coalitions(coalitions, images.shape[0], grid[0] * grid[1])
+        check_coalitions(coalitions, images.shape[0], self.patches_of(images))
         if chunk_size is not None and chunk_size < 1:
             raise ArgumentError(f"chunk_size is {chunk_size}; expected at least 1.")
         paired = are_complement_pairs(coalitions)
@@ -215,7 +222,7 @@ class ShapleyWrapper(nn.Module):
         step = max(2, step // 2 * 2) if paired else step
         parts = []
         for part in coalitions.to(images.device).split(step, dim=1):
-            means = self._masked_means(images, part, paired)
+            means = self._wrapping.masked_means(images, part, paired)
             with without_autocast(images):
                 parts.append(game.values_of(self._wrapping.head, means, part, None))
         return torch.cat(parts, dim=1)
@@ -241,12 +248,11 @@ class ShapleyWrapper(nn.Module):
             TargetError: A class that the model does not have.
         """
         self._check(images, finite=True)
-        grid = self._grid_of(images)
         head = self._wrapping.head
         with evaluation_mode(self.modules()):
             features = self._features(images)
             with without_autocast(images):
-                scores = head.readout.patch_scores(game.full_precision(features))
+                scores = head.readout.patch_scores(head.readout.embed(features))
                 logits = head.classifier(scores.mean(dim=1))
                 classes = check_target(target, logits)
                 values = game.target_values(head, scores, classes, contrast=contrast)
@@ -254,13 +260,13 @@ class ShapleyWrapper(nn.Module):
             values=values,
             logits=logits,
             target=classes,
-            grid=grid,
+            grid=self.grid_of(images),
             image_size=(images.shape[-2], images.shape[-1]),
             contrast=contrast,
             class_names=self.class_names,
             normalization=self.normalization,
             baseline=self.baseline,
-            covered=self._wrapping.backbone.covered((images.shape[-2], images.shape[-1]), grid),
+            covered=self.covered(images),
         )
 
     @torch.no_grad()
@@ -288,12 +294,11 @@ class ShapleyWrapper(nn.Module):
             ArgumentError: An odd number of coalitions, or a chunk below 2.
         """
         self._check(images, finite=True)
-        grid = self._grid_of(images)
         with evaluation_mode(self.modules()):
             return auditing.audit(
                 lambda images, coalitions: self(images, coalitions, paired=True),
                 images,
-                grid[0] * grid[1],
+                self.patches_of(images),
                 num_coalitions=num_coalitions,
                 distribution=distribution,
                 generator=generator,
@@ -324,7 +329,7 @@ class ShapleyWrapper(nn.Module):
         """
         image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         self._check(image, finite=True)
-        games = PatchGames(self, image, self._grid_of(image), players, chunk_size)
+        games = PatchGames(self, image, self._wrapping.grid_of(image), players, chunk_size)
         return PatchGame(games, check_target(target, games.grand_values))
 
     # --- facts --------------------------------------------------------------------------------
@@ -344,15 +349,27 @@ class ShapleyWrapper(nn.Module):
         """N, rows times columns."""
         return self.grid[0] * self.grid[1]
 
-    def patches_of(self, images: Tensor) -> int:
-        """N for images of this size, which may differ from the size that the model was wrapped for.
+    def grid_of(self, images: Tensor) -> Grid:
+        """Rows and columns of patches of these images, whose size may be another.
 
         Raises:
             ImageError: A size that the backbone refuses.
         """
         self._check(images)
-        rows, columns = self._grid_of(images)
-        return rows * columns
+        return self._wrapping.grid_of(images)
+
+    def patches_of(self, images: Tensor) -> int:
+        """N of these images, whose size may be another than the model was wrapped for.
+
+        Raises:
+            ImageError: A size that the backbone refuses.
+        """
+        return math.prod(self.grid_of(images))
+
+    def covered(self, images: Tensor) -> tuple[int, int]:
+        """Height and width in pixels over which the patches lie, from the upper left corner."""
+        size = (images.shape[-2], images.shape[-1])
+        return self._wrapping.backbone.covered(size, self.grid_of(images))
 
     @property
     def num_classes(self) -> int:
@@ -413,30 +430,11 @@ class ShapleyWrapper(nn.Module):
     def _features(self, images: Tensor) -> PatchFeatures:
         return self._wrapping.backbone.features(images).features
 
-    def _masked_means(
-        self, images: Tensor, coalitions: Tensor, paired: bool
-    ) -> Float[Tensor, "batch coalitions features"]:
-        backbone = self._wrapping.backbone
-        if self._wrapping.masking == "token-removal" and isinstance(backbone, TokenBackbone):
-            return backbone.present_means(images, coalitions, paired=paired)
-        return backbone.zero_masked_means(images, coalitions, self._grid_of(images))
-
-    def _grid_of(self, images: Tensor) -> Grid:
-        size = (images.shape[-2], images.shape[-1])
-        if size not in self._grid_of_size:
-            with undisturbed(self.model):
-                probe = random_images(self._wrapping.backbone, size, batch=1)
-                try:
-                    self._grid_of_size[size] = check_image_size(self._wrapping.backbone, probe)
-                except UnsupportedBackboneError as error:
-                    raise ImageError(f"at {size[0]} x {size[1]} pixels, {error}") from error
-        return self._grid_of_size[size]
-
     def _check(self, images: Tensor, *, finite: bool = False) -> None:
         self._check_in_use()
         backbone = self._wrapping.backbone
         check_images(images, backbone.in_channels(), backbone.parameter)
-        self._grid_of(images)
+        self._wrapping.grid_of(images)
         if finite:
             check_finite(images)
 

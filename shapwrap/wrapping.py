@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from shapwrap._types import Grid
+from shapwrap._types import Coalitions, Grid, Images
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.densify import densify
 from shapwrap.backbones.stride_one import StrideChange
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.choosing import Masking, Request, check_request, choose, logit_difference
-from shapwrap.errors import UnsupportedBackboneError
+from shapwrap.errors import ImageError, UnsupportedBackboneError
 from shapwrap.masking.batch_norm import evaluation_mode
-from shapwrap.probing import in_full_precision, undisturbed
+from shapwrap.probing import check_image_size, in_full_precision, random_images, undisturbed
 from shapwrap.readout.head import Head
 
 
@@ -31,6 +32,35 @@ class Wrapping:
     registers_dropped: bool = False
     stride_changes: list[StrideChange] = field(default_factory=list)
     why_not_removal: str = ""
+
+    def __post_init__(self) -> None:
+        """The grid at the size of the probes is known."""
+        self._grid_of_size = {self.image_size: self.grid}
+
+    def grid_of(self, images: Images) -> Grid:
+        """Rows and columns of patches of such images.
+
+        Raises:
+            ImageError: The backbone refuses this size.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._grid_of_size:
+            with undisturbed(self.backbone.model):
+                probe = random_images(self.backbone, size, batch=1)
+                try:
+                    self._grid_of_size[size] = check_image_size(self.backbone, probe)
+                except UnsupportedBackboneError as error:
+                    raise ImageError(f"at {size[0]} x {size[1]} pixels, {error}") from error
+        return self._grid_of_size[size]
+
+    def masked_means(
+        self, images: Images, coalitions: Coalitions, paired: bool
+    ) -> Float[Tensor, "batch coalitions pooled"]:
+        """What the readout pools over each coalition, all other patches hidden."""
+        backbone, embed = self.backbone, self.head.readout.embed
+        if self.masking == "token-removal" and isinstance(backbone, TokenBackbone):
+            return backbone.present_means(images, coalitions, paired=paired, embed=embed)
+        return backbone.zero_masked_means(images, coalitions, self.grid_of(images), embed=embed)
 
 
 def wrap(

@@ -1,7 +1,7 @@
 """What the rest of the package needs to know about a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from shapwrap._types import (
     Coalitions,
     Grid,
     Images,
+    PatchEmbeddings,
     PatchFeatures,
     PatchMask,
     PooledFeatures,
@@ -20,6 +21,9 @@ from shapwrap._types import (
 from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
 from shapwrap.masking.pixels import zero_absent_pixels
 from shapwrap.masking.pooling import present_means
+
+Embedding = Callable[[PatchFeatures], PatchEmbeddings]
+"""Done to the features of each patch alone."""
 
 
 class FeatureMap(NamedTuple):
@@ -109,15 +113,27 @@ class Backbone(ABC):
         return False
 
     def zero_masked_means(
-        self, images: Images, coalitions: Coalitions, grid: Grid
-    ) -> Float[Tensor, "batch coalitions features"]:
-        """Mean feature over the patches of each coalition, the pixels of the others zeroed."""
+        self,
+        images: Images,
+        coalitions: Coalitions,
+        grid: Grid,
+        embed: Embedding | None = None,
+    ) -> Float[Tensor, "batch coalitions pooled"]:
+        """Mean feature over the patches of each coalition, the pixels of the others zeroed.
+
+        Args:
+            images: Normalised pixels.
+            coalitions: True where a patch is present.
+            grid: Of patches.
+            embed: What is done to the features of each patch before the mean.
+        """
         covered = self.covered((images.shape[-2], images.shape[-1]), grid)
         masked = zero_absent_pixels(images, coalitions, grid, covered)
         flat = coalitions.flatten(0, 1)
         # Masked images neither enter the batch statistics nor are measured by those of a batch.
         with clean_statistics(self.model):
             features = self.masked_features(masked, flat)
+            features = features if embed is None else embed(features)
         return present_means(features, flat[:, None]).unflatten(0, coalitions.shape[:2])[:, :, 0]
 
     def original(self, images: Images) -> tuple[PreLogits, Tensor]:

@@ -1,8 +1,17 @@
 """Models of images and texts, of which one tower reads images."""
 
+from typing import TypeGuard
+
 from torch import nn
 
 from shapwrap.errors import BackboneTypeError
+
+
+def reads_texts(model: object) -> TypeGuard[nn.Module]:
+    """Whether this is a CLIP-like model, with an image tower and an encoder of texts."""
+    towers = isinstance(getattr(model, "visual", None), nn.Module)
+    texts = callable(getattr(model, "encode_text", None))
+    return isinstance(model, nn.Module) and towers and texts
 
 
 def check_one_tower(model: nn.Module) -> None:
@@ -11,8 +20,7 @@ def check_one_tower(model: nn.Module) -> None:
     Raises:
         BackboneTypeError: A CLIP-like model, with an image tower and an encoder of texts.
     """
-    towers = isinstance(getattr(model, "visual", None), nn.Module)
-    if towers and callable(getattr(model, "encode_text", None)):
+    if reads_texts(model):
         name = type(model).__name__
         raise BackboneTypeError(
             f"{name} reads images and texts and returns embeddings of both; expected its image "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shapwrap._types import Coalitions, Grid, Images, PatchFeatures, PatchMask
 from shapwrap.backbones.attention_pooling import Part
-from shapwrap.backbones.base import Backbone, FeatureMap
+from shapwrap.backbones.base import Backbone, Embedding, FeatureMap
 from shapwrap.backbones.positions import Positions
 from shapwrap.errors import ArgumentError
 from shapwrap.masking.attention import (
@@ -133,8 +133,13 @@ class TokenBackbone(Backbone):
         return self.weigh(encoded, part, num_prefix)
 
     def present_means(
-        self, images: Images, coalitions: Coalitions, *, paired: bool
-    ) -> Float[Tensor, "batch coalitions features"]:
+        self,
+        images: Images,
+        coalitions: Coalitions,
+        *,
+        paired: bool,
+        embed: Embedding | None = None,
+    ) -> Float[Tensor, "batch coalitions pooled"]:
         """Mean feature over the patches of each coalition, the others removed before block 1.
 
         Args:
@@ -142,10 +147,12 @@ class TokenBackbone(Backbone):
             coalitions: True where a patch is present.
             paired: The coalitions are complement pairs; each pair then takes one pass over the
                 tokens instead of two.
+            embed: What is done to the features of each patch before the mean.
         """
         # The complements of a pair need no pass of their own.
         run = coalitions[:, 0::2] if paired else coalitions
         features = self.weigh(*self.removed_tokens(images, run, paired=paired))
+        features = features if embed is None else embed(features)
         present = rearrange(run, "b s n -> (b s) 1 n")
         if paired:
             present = torch.cat((present, ~present), dim=1)

@@ -113,7 +113,7 @@ class ExplainedModel:
             ArgumentError: They are not known.
         """
         if self.wrapped is not None:
-            return self.wrapped._grid_of(images)
+            return self.wrapped.grid_of(images)
         size = (images.shape[-2], images.shape[-1])
         if size not in self._native:
             try:

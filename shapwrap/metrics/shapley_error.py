@@ -127,7 +127,7 @@ def estimation_error(
         generator=generator,
         chunk_size=chunk_size,
     )
-    grid = wrapped._grid_of(images)
+    grid = wrapped.grid_of(images)
     owner = player_of_patch(grid, truth.players)
     with evaluation_mode(wrapped.modules()), torch.no_grad():
         parts = [sums_over_players(wrapped.attribute(x), owner) for x in images.split(chunk_size)]

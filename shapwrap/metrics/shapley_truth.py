@@ -174,7 +174,7 @@ def shapley_truth(
     wrapped = checked_wrapper(wrapped)
     wrapped.patches_of(images)
     games = PatchGames(
-        wrapped, images, wrapped._grid_of(images), players, chunk_size, wrapped._wrapping.masking
+        wrapped, images, wrapped.grid_of(images), players, chunk_size, wrapped._wrapping.masking
     )
     return truth_of(
         games,

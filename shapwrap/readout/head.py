@@ -10,7 +10,7 @@ from shapwrap._types import PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.classifiers import is_linear
 from shapwrap.backbones.whole_model import WholeModel
-from shapwrap.errors import MissingHeadError, ReadoutError
+from shapwrap.errors import MissingHeadError, ReadoutError, UnsupportedBackboneError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
 from shapwrap.readout.choose import choose_readout
@@ -21,7 +21,7 @@ from shapwrap.readout.classifier import (
     check_head,
     split_head,
 )
-from shapwrap.readout.readouts import EfficiencyGapReadout, Readout
+from shapwrap.readout.readouts import CosineReadout, EfficiencyGapReadout, Readout
 from shapwrap.readout.trace import RanLayer, layers_that_run
 
 
@@ -130,6 +130,26 @@ class Head:
     def reads_logits(self) -> bool:
         """Whether the patch scores are class scores, the classifier being part of the layers."""
         return isinstance(self.classifier, ClassScores)
+
+    def read_cosines(self, backbone: Backbone) -> None:
+        """From now on each patch is read by the direction of its own embedding.
+
+        Raises:
+            UnsupportedBackboneError: The backbone is kept whole: its patches have no embeddings.
+            ReadoutError: The layers already end in class scores.
+        """
+        name = type(backbone.model).__name__
+        if isinstance(backbone, WholeModel):
+            raise UnsupportedBackboneError(
+                f"{name} ({backbone.family}) has no embedding of single patches; "
+                "readout='cosine' needs a tower that reads a mean, or an attention, of its patches."
+            )
+        if self.reads_logits and not isinstance(self.pre_logits.head, nn.Identity):
+            raise ReadoutError(
+                f"readout='cosine' compares embeddings, but the head of {name} gives class scores; "
+                "expected a linear classifier, or head=nn.Identity() for embeddings themselves."
+            )
+        self.readout = CosineReadout(self.pre_logits)
 
     def parameters(self) -> list[nn.Parameter]:
         """Those of the classifier, and of the layer that shares out its output."""

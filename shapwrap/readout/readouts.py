@@ -2,7 +2,8 @@
 
 A pretrained head is `classifier(pre_logits(mean of patch features))`. A readout replaces the
 pooled vector by one vector z_n a patch, with mean_n z_n = pre_logits(mean_n e_n). Then
-phi_n = (W z_n + b) / N sums to the pretrained logits, whatever W and b become in training.
+phi_n = (W z_n + b) / N sums to the pretrained logits, whatever W and b become in training. Only
+the cosine readout changes what is pooled: the unit embedding of each patch.
 """
 
 from abc import ABC, abstractmethod
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
-from shapwrap._types import PatchFeatures, PatchScores, PooledFeatures, PreLogits
+from shapwrap._types import (
+    PatchEmbeddings,
+    PatchFeatures,
+    PatchScores,
+    PooledFeatures,
+    PreLogits,
+)
+from shapwrap.masking.pooling import compute_dtype, without_autocast
 
-ReadoutName = Literal["affine", "shared-norm", "gap", "efficiency-gap"]
+ReadoutName = Literal["affine", "shared-norm", "gap", "efficiency-gap", "cosine"]
 
 PreLogitFunction = Callable[[PooledFeatures], PreLogits]
 
@@ -31,6 +39,10 @@ class Readout(ABC):
 
     def __init__(self, pre_logits: PreLogitFunction):
         self.pre_logits = pre_logits
+
+    def embed(self, features: PatchFeatures) -> PatchEmbeddings:
+        """What is pooled: by default the features as they are, in the precision of the game."""
+        return features.to(compute_dtype(features))
 
     def pooled(self, means: PooledFeatures) -> PreLogits:
         """Pre-logits of pooled features, as the pretrained head computes them."""
@@ -152,6 +164,31 @@ class EfficiencyGapReadout(Readout):
         centred = own - own.mean(dim=1, keepdim=True)
         weight = self._layer.weight.to(features.dtype)
         return self.pooled(features.mean(dim=1))[:, None] + functional.linear(centred, weight)
+
+
+class CosineReadout(Readout):
+    """Each patch alone through the layers and to unit length, as image-text models compare.
+
+    z_n = h(e_n) / |h(e_n)|. A linear classifier of unit vectors t_k then gives cosines, and their
+    mean over patches is what stands for the image: not the cosine of its mean.
+    """
+
+    name = "cosine"
+
+    @override
+    def embed(self, features: PatchFeatures) -> PatchEmbeddings:
+        with without_autocast(features):
+            features = super().embed(features)
+            alone = self.pre_logits(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+            return functional.normalize(alone, dim=-1)
+
+    @override
+    def pooled(self, means: PooledFeatures) -> PreLogits:
+        return means
+
+    @override
+    def shares(self, features: PatchFeatures) -> PatchScores:
+        return features
 
 
 def _epsilon(norm: nn.Module, like: Tensor) -> float:

@@ -18,18 +18,13 @@ from shapwrap._types import (
     PatchScores,
     PatchValues,
 )
-from shapwrap.masking.pooling import compute_dtype, present_means
+from shapwrap.masking.pooling import present_means
 from shapwrap.readout.head import Head
-
-
-def full_precision(features: PatchFeatures) -> PatchFeatures:
-    """Features in the precision of the game."""
-    return features.to(compute_dtype(features))
 
 
 def logits_of(head: Head, features: PatchFeatures, *, training: bool) -> Logits:
     """f(x) = sum_n phi_n (Eq. 7), from the pooled features alone."""
-    pooled = head.readout.pooled(full_precision(features).mean(dim=1))
+    pooled = head.readout.pooled(head.readout.embed(features).mean(dim=1))
     channels = head.draw_dropout(features, training=training)
     return head.classifier(pooled if channels is None else pooled * channels[:, 0])
 
@@ -41,7 +36,7 @@ def logits_and_estimates(
     channels: Tensor | None,
 ) -> tuple[Logits, CoalitionValues]:
     """f(x) and s . phi(x), from the features of the whole image."""
-    scores = head.readout.patch_scores(full_precision(features))
+    scores = head.readout.patch_scores(head.readout.embed(features))
     everyone = coalitions.new_ones(coalitions.shape[0], 1, coalitions.shape[2])
     asked = torch.cat((everyone, coalitions), dim=1)
     contributions = share(head, present_means(scores, asked), asked, channels)
@@ -77,7 +72,7 @@ def share(
 
 def patch_values(head: Head, features: PatchFeatures) -> PatchValues:
     """phi, [B, N, K] (Eq. 6)."""
-    scores = head.readout.patch_scores(full_precision(features))
+    scores = head.readout.patch_scores(head.readout.embed(features))
     return head.classifier(scores) / features.shape[1]
 
 
