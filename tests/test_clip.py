@@ -1,12 +1,14 @@
 """Image-text models: similarities are sums over patches, and open_clip's code runs unchanged."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -354,3 +356,27 @@ def test_one_image_of_a_classifier_by_cosines():
 
 def test_the_class_is_public():
     assert shapwrap.ShapleyCLIP is ShapleyCLIP
+
+
+def test_pretrained_weights_from_a_file(tmp_path):
+    vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 1, "head_width": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "shapwrap-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "shapwrap-tiny.json")
+    trained = open_clip.create_model("shapwrap-tiny")
+    with torch.no_grad():
+        trained.visual.proj.normal_(generator=torch.Generator().manual_seed(0))
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        "shapwrap-tiny", pretrained=str(tmp_path / "weights.pt")
+    )
+    wrapped = ShapleyCLIP(model)
+    assert torch.equal(wrapped.visual.proj, trained.visual.proj)
+    assert wrapped.normalization.mean == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    picture = Image.fromarray(torch.arange(20 * 30 * 3).view(20, 30, 3).byte().numpy())
+    image = preprocess(picture)[None]
+    explanation = wrapped.eval().explain(image, tokens(1))
+    assert explanation.grid == (4, 4) and explanation.efficiency_gap() < 1e-6
+    figure = explanation.plot(image)
+    assert len(figure.axes) >= 3

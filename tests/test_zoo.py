@@ -24,6 +24,7 @@ from shapwrap.zoo.constructor import KeepFirst, changed_constructors, replaced
 from shapwrap.zoo.row import PASSED, Row
 from shapwrap.zoo.run import RESULTS, RunSettings, load_rows, run_survey, to_do, versions
 from shapwrap.zoo.shrink import Limits
+from shapwrap.zoo.similarity_checks import check_similarities
 from shapwrap.zoo.survey import check_specimen, survey_model
 from shapwrap.zoo.table import Origin, markdown
 
@@ -244,3 +245,18 @@ def test_page():
     assert "2026-01-02" in text
     assert text.count("<tr>") == 4
     assert Row.from_json(json.loads(json.dumps(rows[0].to_json()))) == rows[0]
+
+
+def test_similarity_checks_can_fail(monkeypatch):
+    pytest.importorskip("open_clip")
+    specimen = construct(ModelName("open_clip", "ViT-S-16-alt"))
+    row, images = Row("open_clip", "ViT-S-16-alt"), specimen.images(1)
+    width = specimen.model.eval()(images).shape[1]
+    check_similarities(row, specimen, images, width, torch.Generator().manual_seed(0))
+    assert row.checks and not row.failures()
+    monkeypatch.setattr(
+        "shapwrap.clip.ShapleyCLIP.attribute",
+        lambda self, images, texts: self.tower.attribute(images) @ self.text_features(texts).T / 2,
+    )
+    check_similarities(row, specimen, images, width, torch.Generator().manual_seed(0))
+    assert [failure.split(": ")[1] for failure in row.failures()] == ["of texts"]

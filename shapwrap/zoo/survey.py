@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from shapwrap.backbones.tower_whole import embedding_of
 from shapwrap.errors import MissingHeadError, ShapwrapError
 from shapwrap.wrapper import ShapleyWrapper
 from shapwrap.zoo.catalogue import ModelName, quiet
@@ -20,6 +21,7 @@ from shapwrap.zoo.checks import (
 from shapwrap.zoo.construct import Specimen, construct
 from shapwrap.zoo.row import Row
 from shapwrap.zoo.shrink import Limits
+from shapwrap.zoo.similarity_checks import check_similarities
 from shapwrap.zoo.train_checks import check_gradients, check_step, parameters_in_use
 
 NUM_CLASSES = 10
@@ -86,6 +88,11 @@ def check_specimen(row: Row, specimen: Specimen, seed: int = 0) -> None:
     check_other_size(row, wrapped, specimen, seed + 4)
     check_gradients(row, wrapped, images, in_use, generator)
     check_step(row, wrapped, images, generator)
+    if row.library == "open_clip":
+        wrapped.unwrap()
+        model.eval()
+        width = embedding_of(model, output).shape[1]
+        check_similarities(row, specimen, images, width, generator)
     failures = row.failures()
     row.outcome = "failed" if failures else "wraps"
     row.reason = "; ".join(failures)

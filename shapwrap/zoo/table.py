@@ -89,10 +89,12 @@ ABOUT = """\
 The checks: patch values sum to the logits, v(∅) = 0, v(everybody) is the logits, v(s) does not
 change by one bit when pixels of absent patches do, logits are the original model's where the report
 says so, gradients reach every parameter that the original model trains, and a gradient step lowers
-the loss. *shrunken* names what was made smaller through the constructor's own arguments: the class
-is the same, the model as it is would take too long here. *M* is millions of parameters of the full
-model; *logit diff* is the largest difference to the original model's logits, relative to the
-largest logit: about 1e-7 where the readout is exact, large where a class token was dropped.
+the loss. Towers of open_clip are checked a second time inside a `ShapleyCLIP`: unit embeddings and
+similarities add up, and absent patches stay unseen. *shrunken* names what was made smaller through
+the constructor's own arguments: the class is the same, the model as it is would take too long here.
+*M* is millions of parameters of the full model; *logit diff* is the largest difference to the
+original model's logits, relative to the largest logit: about 1e-7 where the readout is exact, large
+where a class token was dropped.
 """
 
 
