@@ -280,6 +280,12 @@ def test_half_precision_keeps_efficiency():
     assert values.dtype == torch.float32
     features = wrapped.text_features(texts)
     torch.testing.assert_close(values.sum(1), wrapped.encode_image(images) @ features.T)
+    found = wrapped(images, texts[:2])
+    assert open_clip.ClipLoss()(*found).isfinite()
+    weights = open_clip.build_zero_shot_classifier(
+        wrapped, tokenizer, ["dog"], ["a {}".format], device="cpu"
+    )
+    assert (found[0] @ weights).shape == (2, 1)
     single = ShapleyWrapper(clip_model())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = single(images.float(), texts, coalitions_of(single)).for_texts()

@@ -18,6 +18,7 @@ from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation
 from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.masking.pooling import compute_dtype
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapper import ShapleyWrapper
@@ -107,9 +108,13 @@ class ShapleyCLIP(nn.Module):
         return embeddings
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Text embeddings [T, E], as the model itself makes them."""
+        """Text embeddings [T, E], as the model itself makes them, in at least float32.
+
+        Images' embeddings are, and the two are multiplied.
+        """
         encoder: Any = self.model
-        return encoder.encode_text(text, normalize=normalize)
+        embeddings = encoder.encode_text(text, normalize=normalize)
+        return embeddings.to(compute_dtype(embeddings))
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Logits image by text [B, T], and their transpose."""
