@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from tests.two_processes import needs_distributed, run_in_two_processes
 open_clip = pytest.importorskip("open_clip")
 
 from tests.clip_models import clip_model, images_of, tokenizer  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 
 @st.composite
@@ -266,7 +269,9 @@ try:
 except shapwrap.errors.MissingDependencyError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert "pip install 'shapwrap[metrics]'" in done.stdout
 
 
