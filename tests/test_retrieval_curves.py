@@ -339,6 +339,19 @@ def test_values_of_pixels_and_of_a_covered_part():
             assert torch.equal(run[1].curves[name], curve)
 
 
+def test_an_explanation_in_another_frame():
+    images, maps, texts = make_data()
+    explanation = Explanation(
+        values=maps.flatten(1),
+        logits=texts,
+        target=torch.zeros(6, dtype=torch.long),
+        grid=(3, 4),
+        image_size=(WIDTH, WIDTH),
+    )
+    with pytest.raises(MapError, match="expected one frame for both"):
+        retrieval_insertion_deletion(make_encoder(), images, explanation, texts, OWNERS)
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 GALLERY = torch.ones(4, EMBEDDING, dtype=torch.float64)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap.arguments import check_at_least
-from shapwrap.errors import ArgumentError
+from shapwrap.errors import ArgumentError, MapError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import Explanation
 from shapwrap.metrics.candidates import DIRECTIONS, Candidates, checked_ks
@@ -130,7 +130,7 @@ def retrieval_insertion_deletion(
         found = Candidates.checked(shown, text_features, image_of_text)
         chosen = matched(pairs, found, len(images), images_are_gallery=gallery is None)
         check_gallery(clean, chosen, found)
-        given = check_maps(_tensor_of(maps), images, len(chosen.texts), "one map a pair")
+        given = check_maps(_tensor_of(maps, images), images, len(chosen.texts), "one map a pair")
         perturbed = PerturbedPairs(known, images, given, chosen, found, ranking, grid, chunk_size)
         first = perturbed.ranking(torch.zeros(1, dtype=torch.long, device=given.device))
         cells = first.num_cells
@@ -190,10 +190,21 @@ def _check_filler(fill: str | Tensor) -> None:
         )
 
 
-def _tensor_of(maps: Tensor | Explanation) -> Tensor:
-    """Values of pixels where a method has them, of patches otherwise."""
+def _tensor_of(maps: Tensor | Explanation, images: Tensor) -> Tensor:
+    """Values of pixels where a method has them, of patches otherwise.
+
+    Raises:
+        MapError: An explanation of images of another size, whose frame may be another crop.
+    """
     if not isinstance(maps, Explanation):
         return maps
+    size = (images.shape[-2], images.shape[-1])
+    if tuple(maps.image_size) != size:
+        raise MapError(
+            f"the explanation is of images of {maps.image_size[0]} x {maps.image_size[1]} pixels, "
+            f"the images have {size[0]} x {size[1]}; expected one frame for both. Explain the "
+            "images as they are perturbed, or pass maps drawn in their frame."
+        )
     if maps.pixels is not None:
         return maps.pixels
     if maps.covered is None or maps.covered == maps.image_size:
