@@ -57,9 +57,11 @@ CONFINED = {
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
     "open_clip": ["zoo"],
     "pebble": ["zoo"],
+    # Of an example only.
+    "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
-OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq"]
+OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss"]
 
 
 def _group(path):

@@ -10,9 +10,11 @@ from shapwrap.metrics.faithfulness_of_maps import faithfulness
 from shapwrap.metrics.insertion_deletion_curves import insertion_deletion
 from shapwrap.metrics.pointing import Localisation, localisation, pointing_game
 from shapwrap.metrics.predictor import Predictor, predictor
-from shapwrap.metrics.protocol import Protocol, Scores
+from shapwrap.metrics.protocol import ItemScores, Protocol, Scores
 from shapwrap.metrics.randomisation import Randomisation, randomisation
 from shapwrap.metrics.ranking import ConstantMapWarning
+from shapwrap.metrics.retrieval_curves import RetrievalCurves, retrieval_insertion_deletion
+from shapwrap.metrics.retrieval_recall import RetrievalScores, retrieval
 from shapwrap.metrics.segmentation import (
     SegmentationScores,
     SegmentationStatistics,
@@ -30,15 +32,19 @@ from shapwrap.metrics.shapley_error import (
 from shapwrap.metrics.shapley_truth import ShapleyTruth, shapley_truth, truth_of
 from shapwrap.metrics.stability import Stability, stability
 from shapwrap.metrics.value_functions import filled_value, native_value
+from shapwrap.metrics.zero_shot_accuracy import zero_shot
 
 if TYPE_CHECKING:
     from shapwrap.metrics.collected import Faithfulness, InsertionDeletion
+    from shapwrap.metrics.collected_retrieval import Retrieval, RetrievalInsertionDeletion
     from shapwrap.metrics.localisation_metrics import BoxIoU, PointingGame, Segmentation
 
 # Classes that need torchmetrics, imported when they are asked for.
 _LAZY = {
     "Faithfulness": "shapwrap.metrics.collected",
     "InsertionDeletion": "shapwrap.metrics.collected",
+    "Retrieval": "shapwrap.metrics.collected_retrieval",
+    "RetrievalInsertionDeletion": "shapwrap.metrics.collected_retrieval",
     "BoxIoU": "shapwrap.metrics.localisation_metrics",
     "PointingGame": "shapwrap.metrics.localisation_metrics",
     "Segmentation": "shapwrap.metrics.localisation_metrics",
@@ -52,11 +58,16 @@ __all__ = [
     "Cost",
     "Faithfulness",
     "InsertionDeletion",
+    "ItemScores",
     "Localisation",
     "PointingGame",
     "Predictor",
     "Protocol",
     "Randomisation",
+    "Retrieval",
+    "RetrievalCurves",
+    "RetrievalInsertionDeletion",
+    "RetrievalScores",
     "Scores",
     "Segmentation",
     "SegmentationScores",
@@ -78,6 +89,8 @@ __all__ = [
     "pointing_game",
     "predictor",
     "randomisation",
+    "retrieval",
+    "retrieval_insertion_deletion",
     "segmentation_scores",
     "segmentation_statistics",
     "sensitivity_n",
@@ -85,6 +98,7 @@ __all__ = [
     "shapley_truth",
     "stability",
     "truth_of",
+    "zero_shot",
 ]
 
 

@@ -14,10 +14,17 @@ from shapwrap.errors import ArgumentError, ImageError, ImageTypeError
 from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explanation import check_target
 from shapwrap.images import check_finite
-from shapwrap.metrics.fillers import TOLERATED, check_fill, is_native, make_filler
+from shapwrap.metrics.fillers import TOLERATED, check_fill, is_native
 from shapwrap.metrics.predictor import Predictor
 from shapwrap.metrics.ranking import Ranking, check_maps, rank_patches, rank_pixels
-from shapwrap.metrics.removal import FilledPixels, Removal, RemovedPatches, clean_logits, of_target
+from shapwrap.metrics.removal import (
+    FilledPixels,
+    Removal,
+    RemovedPatches,
+    clean_logits,
+    filling,
+    of_target,
+)
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,12 @@ class Measured:
         Raises:
             ArgumentError: A filler that cannot be had for these images.
         """
-        ranks, images = self.ranking.ranks, self.images
         if is_native(fill):
-            return RemovedPatches(native_predictor(self.predictor), images, ranks, pairs=pairs)
-        ranks = self.ranking.of_pixels()
-        if self.predictor is None:
-            return FilledPixels(
-                self.model, images, make_filler(fill, images, None, generator), ranks
-            )
-        predict = self.predictor
-        filler = make_filler(fill, images, predict.normalization, generator)
-        # Normalised pixel by pixel, so once before the filling instead of once a copy.
-        normalized = predict.normalize(images), predict.normalize(filler)
-        return FilledPixels(predict.explained, *normalized, ranks)
+            told, ranks = native_predictor(self.predictor), self.ranking.ranks
+            return RemovedPatches(told, self.images, ranks, pairs=pairs)
+        predict = self.predictor or self.model
+        prepared = filling(predict, self.images, fill, generator)
+        return FilledPixels(*prepared, self.ranking.of_pixels())
 
     def native_in_words(self) -> str:
         """Native masking, for the protocol."""
@@ -91,30 +91,26 @@ def measure(
         TargetError: A class that the model does not have.
         ArgumentError: An option outside its range.
     """
-    images = _checked(images).detach()
+    images = checked_images(images).detach()
     maps = check_maps(maps, images)
     check_fill(fill)
     told = predict if isinstance(predict, Predictor) else None
     size = (images.shape[-2], images.shape[-1])
     native = is_native(fill)
     unit = ranking or ("patch" if native else "pixel")
-    if unit not in ("pixel", "patch"):
-        raise ArgumentError(f"ranking is {ranking!r}; expected 'pixel' or 'patch'.")
     if native:
         explained = native_predictor(told).explained
         own = explained.grid_of(native_predictor(told).normalize(images[:1]))
-        if unit == "pixel" or (grid is not None and tuple(grid) != own):
+        if unit != "patch" or (grid is not None and tuple(grid) != own):
             raise ArgumentError(
                 f"ranking is {ranking!r} and grid is {grid} with fill='native'; expected "
                 f"ranking='patch' over the model's own grid, {own}: whole patches are removed."
             )
         ranked = rank_patches(maps, size, own, explained.covered(images))
-    elif unit == "patch":
-        ranked = rank_patches(maps, size, _grid(grid))
     else:
-        ranked = rank_pixels(maps, size)
+        ranked = rank_cells(maps, size, unit, grid)
     model = ExplainedModel(predict)
-    _warn_of_normalization(predict)
+    warn_of_normalization(predict, stacklevel=4)
     if told is None:
         model.check(images)
     logits = clean_logits(model, images, chunk_size)
@@ -158,7 +154,13 @@ def seed_of(generator: torch.Generator | None, *fills: str | Tensor) -> str:
     return str(generator.initial_seed() if generator is not None else 0)
 
 
-def _checked(images: Tensor) -> Tensor:
+def checked_images(images: object) -> Tensor:
+    """The images, in [0, 1].
+
+    Raises:
+        ImageTypeError: Not a floating-point tensor.
+        ImageError: Another shape, values outside [0, 1], or not finite.
+    """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         came = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ImageTypeError(
@@ -178,6 +180,19 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
+def rank_cells(
+    maps: Tensor, size: tuple[int, int], unit: str, grid: Sequence[int] | None
+) -> Ranking:
+    """Pixels or patches of checked maps, most relevant first.
+
+    Raises:
+        ArgumentError: An unknown unit, or a grid that is none or that the maps do not have.
+    """
+    if unit not in ("pixel", "patch"):
+        raise ArgumentError(f"ranking is {unit!r}; expected 'pixel' or 'patch'.")
+    return rank_pixels(maps, size) if unit == "pixel" else rank_patches(maps, size, _grid(grid))
+
+
 def _grid(grid: object) -> Grid | None:
     if grid is None:
         return None
@@ -189,7 +204,8 @@ def _grid(grid: object) -> Grid | None:
     return rows, columns
 
 
-def _warn_of_normalization(predict: Model) -> None:
+def warn_of_normalization(predict: Model, stacklevel: int) -> None:
+    """Warn of a bare model whose normalisation nothing applies."""
     if not isinstance(predict, nn.Module):
         return
     told = ExplainedModel(predict).normalization
@@ -199,5 +215,5 @@ def _warn_of_normalization(predict: Model) -> None:
         f"predict is a {type(predict).__name__} that tells its images are normalised with mean "
         f"{told.mean} and std {told.std}, and it is given images in [0, 1]; use "
         "predict=shapwrap.metrics.predictor(model).",
-        stacklevel=4,
+        stacklevel=stacklevel,
     )

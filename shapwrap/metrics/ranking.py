@@ -44,19 +44,28 @@ class Ranking:
         return self.ranks.shape[1]
 
 
-def check_maps(maps: object, images: Tensor) -> Tensor:
+def check_maps(
+    maps: object, images: Tensor, num: int | None = None, each: str = "one map an image"
+) -> Tensor:
     """The maps in full precision, without gradient.
 
+    Args:
+        maps: What came.
+        images: What they are drawn over.
+        num: How many maps there must be; one an image if None.
+        each: What there is one map of, in words.
+
     Raises:
-        MapError: Not a finite float tensor [B, h, w] on the device of the images.
+        MapError: Not a finite float tensor [num, h, w] on the device of the images.
     """
+    num = len(images) if num is None else num
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         came = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
-        raise MapError(f"maps are {came}; expected a float tensor [B, h, w], one map an image.")
-    if maps.ndim != 3 or len(maps) != len(images) or 0 in maps.shape:
+        raise MapError(f"maps are {came}; expected a float tensor [B, h, w], {each}.")
+    if maps.ndim != 3 or len(maps) != num or 0 in maps.shape:
         raise MapError(
-            f"maps have shape {tuple(maps.shape)}; expected [{len(images)}, h, w], one map an "
-            "image. Patch values [B, N] become maps with values.unflatten(1, grid)."
+            f"maps have shape {tuple(maps.shape)}; expected [{num}, h, w], {each}. Patch "
+            "values [B, N] become maps with values.unflatten(1, grid)."
         )
     if maps.device != images.device:
         raise MapError(

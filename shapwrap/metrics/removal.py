@@ -1,7 +1,7 @@
 """What a model says once parts of each image are gone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,7 @@ from shapwrap.errors import ShapwrapError
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.masking.fillers import Filler
 from shapwrap.masking.pooling import compute_dtype
+from shapwrap.metrics.fillers import make_filler
 from shapwrap.metrics.predictor import Predictor
 
 Interval = tuple[int, int]
@@ -37,6 +38,7 @@ class FilledPixels(Removal):
         images: As the model takes them.
         filler: In the same space.
         ranks: Of the pixels, row by row.
+        image_of: Of each row of `ranks`, where an image has several; else the rows are the images'.
     """
 
     def __init__(
@@ -44,21 +46,42 @@ class FilledPixels(Removal):
         model: ExplainedModel,
         images: Images,
         filler: Filler,
-        ranks: Int[Tensor, "batch pixels"],
+        ranks: Int[Tensor, "rows pixels"],
+        image_of: Int[Tensor, " rows"] | None = None,
     ):
         self.model = model
         self.images = images
         self.filler = filler
         self.ranks = ranks
+        self.image_of = image_of
 
     def __call__(self, image: Int[Tensor, " items"], gone: Bool[Tensor, "items pixels"]) -> Logits:
         """Logits of these images, filled where pixels are gone."""
+        image = image if self.image_of is None else self.image_of[image]
         mask = gone.reshape(-1, 1, *self.images.shape[-2:])
         filler = self.filler if len(self.filler) == 1 else self.filler.index_select(0, image)
         copies = self.images.index_select(0, image)
         # In place: a second buffer of this size costs more than the filling.
         torch.where(mask, filler, copies, out=copies)
         return self.model.logits(copies)
+
+
+def filling(
+    predict: ExplainedModel | Predictor,
+    images: Images,
+    fill: str | Tensor,
+    generator: torch.Generator | None,
+) -> tuple[ExplainedModel, Images, Filler]:
+    """What `FilledPixels` begins with, for images in [0, 1] that are filled before normalisation.
+
+    Raises:
+        ArgumentError: A filler that cannot be had for these images.
+    """
+    if isinstance(predict, ExplainedModel):
+        return predict, images, make_filler(fill, images, None, generator)
+    filler = make_filler(fill, images, predict.normalization, generator)
+    # Normalised pixel by pixel, so once before the filling instead of once a copy.
+    return predict.explained, predict.normalize(images), predict.normalize(filler)
 
 
 class RemovedPatches(Removal):
@@ -98,21 +121,28 @@ def log_probabilities(
     target: Int[Tensor, " batch"],
     chunk_size: int,
 ) -> Float[Tensor, "batch steps"]:
-    """Log-probability of the target with the parts of each interval of ranks gone.
+    """Log-probability of the target with the parts of each interval of ranks gone."""
+    answers = answers_without(removal, intervals, chunk_size)
+    parts = [of_target(logits, target[image]) for image, logits in answers]
+    return torch.cat(parts).unflatten(0, (len(removal.ranks), len(intervals)))
 
-    Every image and interval is an item; items of all images go through the model together,
-    `chunk_size` at a time.
+
+def answers_without(
+    removal: Removal, intervals: Sequence[Interval], chunk_size: int
+) -> Iterator[tuple[Int[Tensor, " items"], Logits]]:
+    """What the model says with the parts of each interval of ranks gone, in chunks.
+
+    Every image (or row of ranks) and interval is an item, those of the first image first; items of
+    all images go through the model together, `chunk_size` at a time. With each chunk come the
+    images of its items.
     """
     ranks, steps = removal.ranks, len(intervals)
     bounds = torch.tensor(intervals, dtype=ranks.dtype, device=ranks.device)
-    parts = []
     for item in torch.arange(len(ranks) * steps, device=ranks.device).split(chunk_size):
         image, step = item // steps, item % steps
         first, after = bounds[step, :1], bounds[step, 1:]
         rank = ranks.index_select(0, image)
-        logits = removal(image, (rank >= first) & (rank < after))
-        parts.append(of_target(logits, target[image]))
-    return torch.cat(parts).unflatten(0, (len(ranks), steps))
+        yield image, removal(image, (rank >= first) & (rank < after))
 
 
 def clean_logits(model: ExplainedModel, images: Images, chunk_size: int) -> Logits:
