@@ -55,11 +55,12 @@ CONFINED = {
     "safetensors": ["cli", "comparison", "data"],
     "torchvision": ["data", "cli", "zoo", "comparison"],
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
-    "open_clip": ["zoo"],
+    "open_clip": ["zoo", "training"],
+    "webdataset": ["data"],
     "pebble": ["zoo"],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
-OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq"]
+OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "webdataset"]
 
 
 def _group(path):
