@@ -2,14 +2,13 @@
 
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from shapwrap.clip.output import ContrastiveOutput, Embeddings
 from shapwrap.errors import MissingDependencyError
 from shapwrap.losses import shapley_loss
 from shapwrap.training.contrastive_config import ContrastiveConfig
+from shapwrap.training.gathering import gathered
 
 try:
     from open_clip.loss import ClipLoss, SigLipLoss
@@ -82,9 +81,8 @@ class ContrastiveObjective:
 
         In squared similarities: the classes of the game are the texts.
         """
-        if self._world_size > 1:
-            texts = torch.cat(tuple(all_gather(texts)))
-        return shapley_loss(output.for_texts(texts))
+        everybodys = gathered(texts) if self._world_size > 1 else texts
+        return shapley_loss(output.for_texts(everybodys))
 
     def __call__(self, output: object, progress: float) -> dict[str, Tensor]:
         """All terms of one batch; `progress` is the share of the steps that are done.
