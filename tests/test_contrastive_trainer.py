@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +282,18 @@ def test_strings_become_tokens():
     assert histories[0] == histories[1]
 
 
+def test_a_head_learns_faster():
+    clip = wrapped()
+    config = ContrastiveConfig(**SETTINGS, head_multiplier=10.0)
+    head = [clip.model.visual.proj]
+    task = ContrastiveTrainer(clip, [pairs(clip)], config=config, head=head)
+    rates = {id(p): g["lr"] for g in task.optimizer.param_groups for p in g["params"]}
+    assert rates.pop(id(head[0])) == pytest.approx(0.1)
+    assert set(rates.values()) == {0.01}
+    assert id(clip.model.logit_scale) in rates
+    assert not any(id(p) in rates for p in clip.model.text.parameters())
+
+
 def test_without_the_shapley_loss_nothing_is_masked():
     for options in ({}, {"output_dict": True}, {"bias": -3.0}):
         clip = wrapped(**options)
@@ -344,8 +357,8 @@ def test_resuming_is_exact(tmp_path, monkeypatch, accumulation):
     _check_resuming(make, tmp_path, monkeypatch, dies_at=3)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_a_stream_of_shards_is_exact(tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize(("workers", "steps_per_epoch"), [(0, None), (2, None), (0, 3)])
+def test_resuming_a_stream_of_shards_is_exact(tmp_path, monkeypatch, workers, steps_per_epoch):
     pytest.importorskip("webdataset")
     from shapwrap.data import ImageTextShards
     from tests.shards import jittered, write_shards
@@ -361,9 +374,11 @@ def test_resuming_a_stream_of_shards_is_exact(tmp_path, monkeypatch, workers):
         options = {"batch_size": 5, "buffer_size": 6, "captions": "random"}
         stream = ImageTextShards(paths, transform, tokenizer, num_workers=workers, **options)
         held_out = ImageTextShards(paths[0], transform, tokenizer, **options, drop_last=False)
-        return trainer(wrapped(), stream, folder, held_out, checkpoint_every=1)
+        epochs = 2 if steps_per_epoch is None else 4
+        settings = {"steps_per_epoch": steps_per_epoch, "epochs": epochs, "checkpoint_every": 1}
+        return trainer(wrapped(), stream, folder, held_out, **settings)
 
-    # An epoch has five batches; the run dies in the second one, after its third.
+    # An epoch has five batches, of which three are used where it is short: the run dies in one.
     _check_resuming(make, tmp_path, monkeypatch, dies_at=8)
     if not workers:
         decoded.clear()
@@ -529,3 +544,37 @@ def test_refusals():
         trainer(clip, [(images, texts)]).fit()
     assert all(p.requires_grad for p in clip.model.text.parameters())
     assert texts.shape[1] == LENGTH
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    from PIL import Image
+
+    from tests.shards import pixels, write_shards
+
+    class Plotted:
+        def plot(self, images):
+            assert images.shape == (1, 3, 12, 16)
+
+    def small(image):
+        return pixels(image.resize((16, 12), Image.Resampling.NEAREST)) / 255
+
+    page = (Path(__file__).parent.parent / "docs" / "clip-training.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    for folder, pattern in (("cc3m", "cc3m/{00000..00331}"), ("cc3m-val", "cc3m-val/*")):
+        (tmp_path / folder).mkdir()
+        write_shards(tmp_path / folder)
+        assert pattern in code
+    code = code.replace("{00000..00331}", "part-{000..003}").replace(
+        "batch_size=256", "batch_size=9"
+    )
+    code = code.replace("num_workers=8", "num_workers=0")
+    parts = (clip_model(), small, small)
+    monkeypatch.setattr("open_clip.create_model_and_transforms", lambda *_, **__: parts)
+    monkeypatch.setattr("open_clip.get_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(ShapleyCLIP, "explain", lambda *_: Plotted())
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    exec(code, {"images": torch.zeros(1, 3, 12, 16), "print": printed.append})
+    assert printed[0]["images"] == 18
+    assert (tmp_path / "runs" / "clip" / "history.jsonl").is_file()

@@ -55,7 +55,7 @@ def decode(
         random.seed(drawn)
         np.random.seed(drawn % 2**32)  # noqa: NPY002 - the state that transforms draw from
         # Not torch.manual_seed, which would seed every GPU as well.
-        torch.random.default_generator.manual_seed(drawn)
+        torch.default_generator.manual_seed(drawn)
         try:
             return transform(image), caption
         except Exception as error:

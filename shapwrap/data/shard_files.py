@@ -48,8 +48,8 @@ def expand_shards(shards: Shards) -> list[str]:
         from webdataset.shardlists import expand_urls
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     found: list[str] = []
-    for pattern in map(os.fspath, patterns):
-        for shard in expand_urls(pattern):
+    for pattern in patterns:
+        for shard in expand_urls(os.fspath(pattern)):
             if not is_remote(shard) and any(sign in shard for sign in "*?["):
                 matches = sorted(glob.glob(shard))  # noqa: PTH207 - the pattern may be absolute
                 if not matches:
@@ -90,8 +90,8 @@ def shard_sizes(
     Args:
         shards: Paths and URLs.
         sizes: By name of the shard, whole or its last part; or path or URL of a JSON file with
-            that; or None for the sizes.json beside local shards where it names them all, and the
-            headers of the tar files otherwise.
+            that; or None for the sizes.json beside local shards, and for shards that it does not
+            name the headers of the tar files.
 
     Raises:
         ArgumentError: A shard that `sizes` does not name, or a remote one without sizes.
@@ -99,12 +99,14 @@ def shard_sizes(
     if sizes is None:
         return _found_sizes(shards)
     given = sizes if isinstance(sizes, Mapping) else _read_json(os.fspath(sizes))
-    numbers = [given.get(shard, given.get(base_name(shard))) for shard in shards]
-    for shard, number in zip(shards, numbers, strict=True):
+    numbers: list[int] = []
+    for shard in shards:
+        number = given.get(shard, given.get(base_name(shard)))
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise ArgumentError(
                 f"sizes has {number!r} for {base_name(shard)!r}; expected its number of samples."
             )
+        numbers.append(number)
     return numbers
 
 
