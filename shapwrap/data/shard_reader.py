@@ -1,5 +1,6 @@
 """Samples of shards as they are stored, read with webdataset from wherever they lie."""
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -64,11 +65,10 @@ def read_span(shard: str, span: Span, size: int | None) -> Iterator[StoredSample
     except OSError as error:
         errors.append(error)
     missing = 0 if span.last is None else span.last - max(span.first, read)
-    why = f" ({errors[0]})" if errors else ""
-    for _ in range(missing):
-        yield Skip("not in its shard", f"{shard}{why}")
-    if errors and not missing:
-        yield Skip("part of a shard that cannot be read whole", f"{shard}{why}")
+    where = f"{shard} ({errors[0]})" if errors else shard
+    yield from itertools.repeat(Skip("not in its shard", where), max(missing, 0))
+    if errors and missing <= 0:
+        yield Skip("part of a shard that cannot be read whole", where)
 
 
 def shuffled(
