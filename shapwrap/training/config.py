@@ -108,8 +108,8 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class TrainerConfig(LoopConfig):
-    """Settings of a `Trainer`; the defaults fine-tune a pretrained backbone.
+class ShapleyConfig(LoopConfig):
+    """Settings of every loop that has a Shapley loss.
 
     Raises:
         ArgumentError: A value outside its range.
@@ -119,8 +119,6 @@ class TrainerConfig(LoopConfig):
     """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2."""
     shapley_ramp: float = 0.6
     """Share of the steps over which lambda grows linearly from 0."""
-    masked_cross_entropy: float = 1.0
-    """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
     num_coalitions: int = 2
     """Coalitions an image and step, in complement pairs."""
     distribution: Distribution = "shapley"
@@ -137,6 +135,32 @@ class TrainerConfig(LoopConfig):
                     f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
                     "coalitions come with their complements."
                 )
-        self._check_not_negative("shapley_weight", "masked_cross_entropy")
+        self._check_not_negative("shapley_weight")
         self._check_choices(distribution=Distribution)
         self._check_shares("shapley_ramp")
+
+    def ramped_weight(self, progress: float) -> float:
+        """Lambda after this share of the steps: a linear ramp, then constant.
+
+        A fresh head has no signal to share out yet; with the full weight from the first step,
+        uniform values would be learned before the task.
+        """
+        ramp = self.shapley_ramp
+        return self.shapley_weight * (min(1.0, progress / ramp) if ramp > 0 else 1.0)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(ShapleyConfig):
+    """Settings of a `Trainer`; the defaults fine-tune a pretrained backbone.
+
+    Raises:
+        ArgumentError: A value outside its range.
+    """
+
+    masked_cross_entropy: float = 1.0
+    """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self._check_not_negative("masked_cross_entropy")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from shapwrap.errors import TrainingError
 from shapwrap.training.config import LoopConfig
 from shapwrap.training.position import loader_generators
+from shapwrap.training.resumable_data import ResumableData
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,11 +54,13 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> Iterable[Any]:
-    """The data, split among processes where it is a DataLoader.
+    """The data, split among processes: a DataLoader by accelerate, resumable data by itself.
 
     Raises:
         TrainingError: Not iterable, or no DataLoader among several processes.
     """
+    if isinstance(data, ResumableData):
+        return data.split(accelerator.process_index, accelerator.num_processes)
     if isinstance(data, DataLoader):
         own = {id(generator) for generator in loader_generators(data)}
         prepared = accelerator.prepare_data_loader(data)
@@ -73,7 +76,7 @@ def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> It
     if accelerator.num_processes > 1:
         raise TrainingError(
             f"the data is {type(data).__name__}; with {accelerator.num_processes} processes only "
-            "a torch DataLoader can be split among them."
+            "a torch DataLoader can be split among them, and ImageTextShards."
         )
     return data
 

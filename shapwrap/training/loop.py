@@ -152,10 +152,9 @@ class Loop(ABC):
 
     def _run_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
         skip = position.batch
-        position.start_epoch()
+        seen = position.open_epoch()
         window = LossWindow()
-        seen = 0
-        for batch in self._epoch_batches(position):
+        for batch in self._epoch_batches(position, self._batches - seen):
             seen += 1
             if seen <= skip:
                 # Loaded and dropped: the data's random stream must pass through these draws.
@@ -245,9 +244,9 @@ class Loop(ABC):
 
     # --- data ---------------------------------------------------------------------------------
 
-    def _epoch_batches(self, position: Position) -> Iterator[Any]:
+    def _epoch_batches(self, position: Position, num: int) -> Iterator[Any]:
         batches = self._on_device(self._train_data)
-        for _ in range(self._batches):
+        for _ in range(num):
             with position.data.active():
                 batch = next(batches, None)
             if batch is None:

@@ -59,13 +59,8 @@ class Objective:
         return Terms(task, task, torch.zeros_like(task), torch.zeros_like(task))
 
     def shapley_weight(self, progress: float) -> float:
-        """Lambda after this share of the steps: a linear ramp, then constant.
-
-        A fresh head has no signal to share out yet; with the full weight from the first step,
-        uniform values would be learned before the task.
-        """
-        ramp = self.config.shapley_ramp
-        return self.config.shapley_weight * (min(1.0, progress / ramp) if ramp > 0 else 1.0)
+        """Lambda after this share of the steps; see `ShapleyConfig.ramped_weight`."""
+        return self.config.ramped_weight(progress)
 
     def __call__(self, output: ShapleyOutput, targets: Tensor, progress: float) -> Terms:
         """All terms of one batch; `progress` is the share of the steps that are done."""

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from shapwrap.errors import TrainingError
 from shapwrap.training.random_stream import RandomStream
+from shapwrap.training.resumable_data import ResumableData
 
 
 class Position:
@@ -16,7 +17,7 @@ class Position:
     Args:
         coalitions: The generator of coalitions.
         data: The stream that shuffling and augmentation draw from.
-        loader: The training data; a loader may have generators of its own.
+        loader: The training data; a loader may have generators of its own, resumable data a state.
         plan: What training depends on; a run can only be resumed with the same.
     """
 
@@ -30,6 +31,7 @@ class Position:
         self.coalitions = coalitions
         self.data = data
         self._generators = list(loader_generators(loader))
+        self._resumable = loader if isinstance(loader, ResumableData) else None
         self._plan = plan
         self.start_epoch()
 
@@ -37,6 +39,15 @@ class Position:
         """Remember the random state from which the data of this epoch can be drawn again."""
         self._data_at_start = self.data.state
         self._generators_at_start = [generator.get_state() for generator in self._generators]
+
+    def open_epoch(self) -> int:
+        """Batches that the data will not give again; call it before each epoch is iterated."""
+        self.start_epoch()
+        if self._resumable is None:
+            return 0
+        if not self.batch:
+            self._resumable.set_epoch(self.epoch)
+        return self.batch
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
@@ -48,14 +59,15 @@ class Position:
             "coalitions": self.coalitions.get_state(),
             "data_at_start": self._data_at_start,
             "generators_at_start": self._generators_at_start,
+            "loader": None if self._resumable is None else self._resumable.state_dict(),
             "plan": self._plan,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go there; the data is put to the start of the epoch, to be replayed.
+        """Go there; the data is put to the start of the epoch, to be replayed, or there itself.
 
         Raises:
-            TrainingError: The checkpoint is of a run of another length.
+            TrainingError: The checkpoint is of a run of another length, or with other data.
         """
         changed = {
             name: (state["plan"].get(name), value)
@@ -67,6 +79,14 @@ class Position:
                 f"settings of the run changed (before, now): {changed}; a run cannot change on the "
                 "way. Resume with the same data and settings, or start anew elsewhere."
             )
+        loader = state.get("loader")
+        if (loader is None) != (self._resumable is None):
+            raise TrainingError(
+                "the run's data is of another kind than before (a stream of shards, or anything "
+                "else); resume with the same data, or start anew elsewhere."
+            )
+        if self._resumable is not None and loader is not None:
+            self._resumable.load_state_dict(loader)
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self.records = state["records"]
         self.coalitions.set_state(state["coalitions"])

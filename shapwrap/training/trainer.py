@@ -7,10 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from shapwrap.coalitions.sampling import sample_coalitions
+from shapwrap.clip.shapley_clip import ShapleyCLIP
 from shapwrap.errors import BackboneTypeError, TrainingError
 from shapwrap.training import engine
 from shapwrap.training.config import TrainerConfig
+from shapwrap.training.fresh_coalitions import fresh_coalitions
 from shapwrap.training.loop import Loop
 from shapwrap.training.objective import Objective, TaskLoss
 from shapwrap.training.position import Position
@@ -45,6 +46,12 @@ class Trainer(Loop):
         task_loss: TaskLoss | None = None,
         accelerator: Accelerator | None = None,
     ):
+        if isinstance(wrapped, ShapleyCLIP):
+            raise BackboneTypeError(
+                "wrapped is ShapleyCLIP, which learns from images with texts; expected "
+                "ShapleyWrapper(model). Use shapwrap.training.contrastive.ContrastiveTrainer, or "
+                "train clip.classifier(texts) here."
+            )
         if not isinstance(wrapped, ShapleyWrapper):
             raise BackboneTypeError(
                 f"wrapped is {type(wrapped).__name__}; expected ShapleyWrapper(model)."
@@ -101,13 +108,13 @@ class Trainer(Loop):
         with engine.autocast(self.accelerator, self.config):
             if not self.objective.needs_coalitions:
                 return self.objective.plain(self.model(images), targets).named()
-            coalitions = sample_coalitions(
-                len(images),
-                self.wrapped.patches_of(images),
+            coalitions = fresh_coalitions(
+                self.wrapped,
+                images,
                 self.config.num_coalitions,
-                distribution=self.config.distribution,
-                generator=position.coalitions,
-            ).to(images.device, non_blocking=True)
+                self.config.distribution,
+                position.coalitions,
+            )
             output = self.model(images, coalitions, paired=True)
         return self.objective(output, targets, position.step / self.total_steps).named()
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from shapwrap.audit import residuals
-from shapwrap.coalitions.sampling import sample_coalitions
 from shapwrap.errors import TrainingError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.training.config import TrainerConfig
+from shapwrap.training.fresh_coalitions import fresh_coalitions
 
 
 @torch.no_grad()
@@ -45,14 +45,13 @@ def validate(
     rows: list[Tensor] = []
     with evaluation_mode(model.modules()):
         for images, targets in batches:
-            num_patches = accelerator.unwrap_model(model).patches_of(images)
-            coalitions = sample_coalitions(
-                len(images),
-                num_patches,
+            coalitions = fresh_coalitions(
+                accelerator.unwrap_model(model),
+                images,
                 config.validation_coalitions,
-                distribution=config.distribution,
-                generator=generator,
-            ).to(images.device)
+                config.distribution,
+                generator,
+            )
             with autocast():
                 output = model(images, coalitions, paired=True)
             # Soft labels, as mixing augmentations make them, count as their largest.

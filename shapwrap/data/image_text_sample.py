@@ -1,0 +1,85 @@
+"""From the bytes of a stored sample to an image and its caption."""
+
+import json
+import random
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from shapwrap.data.shard_reader import IMAGES, StoredSample
+from shapwrap.data.skipped import Skip
+from shapwrap.training.random_stream import global_states_kept
+
+Captions = Literal["first", "random"]
+Transform = Callable[[Any], Tensor]
+"""From a PIL image in RGB to a float tensor."""
+
+
+def decode(
+    sample: StoredSample, transform: Transform, captions: Captions | str, seed: str
+) -> tuple[Tensor, str] | Skip:
+    """Image and caption, or why there are none.
+
+    Everything random about it, the transform included, is drawn from a seed of its own: it does not
+    matter in which process or after which other sample it is decoded.
+
+    Args:
+        sample: As it is stored.
+        transform: Of the image.
+        captions: Which of several captions.
+        seed: Of the epoch.
+
+    Raises:
+        Exception: Whatever the transform raises, with the sample's key.
+    """
+    generator = random.Random(f"{seed} {sample.key}")
+    found = captions_of(sample)
+    if not found:
+        return Skip("without a caption", sample.key)
+    caption = found[0] if captions == "first" else generator.choice(found)
+    name = next((name for name in IMAGES if name in sample.fields), None)
+    if name is None:
+        return Skip("without an image", sample.key)
+    try:
+        with Image.open(BytesIO(sample.fields[name])) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # what broken bytes raise depends on the format
+        return Skip("with a corrupt image", f"{sample.key} ({error})")
+    with global_states_kept():
+        drawn = generator.getrandbits(63)
+        random.seed(drawn)
+        np.random.seed(drawn % 2**32)  # noqa: NPY002 - the state that transforms draw from
+        # Not torch.manual_seed, which would seed every GPU as well.
+        torch.default_generator.manual_seed(drawn)
+        try:
+            return transform(image), caption
+        except Exception as error:
+            error.add_note(f"while transforming sample {sample.key!r}")
+            raise
+
+
+def captions_of(sample: StoredSample) -> list[str]:
+    """All captions: "captions" of the .json, else the .txt, else "caption" of the .json."""
+    listed = _json_of(sample)
+    several = listed.get("captions")
+    if isinstance(several, list) and (texts := _texts(several)):
+        return texts
+    plain = sample.fields.get("txt", b"").decode("utf-8", errors="replace")
+    return _texts([plain]) or _texts([listed.get("caption")])
+
+
+def _texts(found: list[Any]) -> list[str]:
+    return [text.strip() for text in found if isinstance(text, str) and text.strip()]
+
+
+def _json_of(sample: StoredSample) -> dict[str, Any]:
+    try:
+        read = json.loads(sample.fields.get("json", b"{}"))
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}

@@ -1,0 +1,226 @@
+"""Contrastive training of a wrapped image-text model."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from shapwrap.clip.shapley_clip import ShapleyCLIP
+from shapwrap.clip.texts import tokens_of
+from shapwrap.errors import ArgumentError, BackboneTypeError, TrainingError
+from shapwrap.training import engine
+from shapwrap.training.contrastive_config import ContrastiveConfig
+from shapwrap.training.contrastive_objective import ContrastiveObjective
+from shapwrap.training.contrastive_validation import validate_contrastive
+from shapwrap.training.fresh_coalitions import fresh_coalitions
+from shapwrap.training.loop import Loop
+from shapwrap.training.position import Position
+from shapwrap.training.resumable_data import ResumableData
+
+LARGEST_SCALE = math.log(100)
+
+
+class ContrastiveTrainer(Loop):
+    """Trains an image-text model so that its patch-text values become Shapley values.
+
+    Contrastive loss of the similarities + lambda * Shapley loss over all image-text pairs. The
+    texts of all processes are compared with; those of one batch only, not of the batches that
+    `accumulation` puts together.
+
+    Args:
+        clip: The wrapped model; trained in place.
+        train_data: Any iterable of (images, token ids [B, L]) that can be iterated once an epoch: a
+            DataLoader, `shapwrap.data.ImageTextShards`, a list of batches. Strings will do where
+            `clip` has a tokenizer. All batches of a step must be of one size in all processes;
+            DataLoaders see to that, and `drop_last=True` keeps repeated pairs out.
+        val_data: The same for validation.
+        config: Settings.
+        head: Parameters that learn faster, by `head_multiplier`, such as a new projection; none by
+            default.
+        accelerator: One of your own, for trackers or plugins; made from `config` by default.
+
+    Raises:
+        BackboneTypeError: `clip` is not a ShapleyCLIP.
+        ArgumentError: SigLIP's loss for a model without a logit bias.
+        TrainingError: The data is not iterable, has no length and `steps_per_epoch` is unset, or
+            all parameters are frozen.
+    """
+
+    def __init__(
+        self,
+        clip: ShapleyCLIP,
+        train_data: Iterable[Any],
+        val_data: Iterable[Any] | None = None,
+        *,
+        config: ContrastiveConfig | None = None,
+        head: Iterable[nn.Parameter] | None = None,
+        accelerator: Accelerator | None = None,
+    ):
+        if not isinstance(clip, ShapleyCLIP):
+            raise BackboneTypeError(
+                f"clip is {type(clip).__name__}; expected ShapleyCLIP(model). Train a "
+                "ShapleyWrapper with Trainer."
+            )
+        self.config = config or ContrastiveConfig()
+        if self.config.loss == "siglip" and getattr(clip.model, "logit_bias", None) is None:
+            raise ArgumentError(
+                f"loss is 'siglip', but {type(clip.model).__name__} has no logit bias; make it "
+                "with init_logit_bias=-10.0, or use loss='clip'."
+            )
+        self.clip = clip
+        with self._text_frozen():
+            super().__init__(
+                clip, train_data, config=self.config, head=head, accelerator=accelerator
+            )
+        self.objective = ContrastiveObjective(
+            self.config,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self._val_data = None if val_data is None else self._prepare_data(val_data)
+
+    def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
+        """Trains; returns the history, one record a validation or `log_every` steps.
+
+        Records of kind "train" hold step, epoch, learning_rate, shapley_weight, logit_scale and
+        the means over steps and processes of loss, contrastive_loss and shapley_loss (squared
+        similarities; absent with weight 0); those of kind "validation" what `evaluate` returns.
+
+        Args:
+            resume: Go on from the newest checkpoint in `output_dir`. On a CPU the result is bit
+                for bit that of a run that never stopped.
+
+        Raises:
+            TrainingError: A loss is not finite, an epoch is shorter than announced, there is
+                nothing to resume, or a new run would mix with an earlier one.
+        """
+        with self._text_frozen():
+            return super().fit(resume=resume)
+
+    def evaluate(self, data: Iterable[Any] | None = None) -> dict[str, float]:
+        """Means over all images, and their number.
+
+        contrastive_loss, image_to_text_r1 and text_to_image_r1 compare within a batch (of all
+        processes), so they depend on its size; skill, residual and trivial_residual (squared
+        similarities) are over the texts of a batch.
+
+        Args:
+            data: Batches of (images, token ids); the validation data if None.
+
+        Raises:
+            TrainingError: There is no data.
+        """
+        batches = self._val_data if data is None else self._prepare_data(data)
+        if batches is None:
+            raise TrainingError(
+                "no validation data; pass val_data to ContrastiveTrainer, or data here."
+            )
+        if isinstance(batches, ResumableData):
+            # Every validation draws the same captions.
+            batches.set_epoch(0)
+        return validate_contrastive(
+            self.model,
+            self.clip,
+            self._on_device(batches),
+            self.accelerator,
+            self.config,
+            split=isinstance(batches, DataLoader),
+            autocast=lambda: engine.autocast(self.accelerator, self.config),
+        )
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, float] | None:
+        return None if self._val_data is None else self.evaluate()
+
+    def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
+        images, texts = batch
+        with engine.autocast(self.accelerator, self.config):
+            if self.objective.needs_coalitions:
+                coalitions = fresh_coalitions(
+                    self.clip,
+                    images,
+                    self.config.num_coalitions,
+                    self.config.distribution,
+                    position.coalitions,
+                )
+                output = self.model(images, texts, coalitions, paired=True)
+            else:
+                output = self.model(images, texts)
+        return self._over_processes(self.objective(output, position.step / self.total_steps))
+
+    def _over_processes(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Terms with the value of their mean over processes and the gradient of their own."""
+        if self.accelerator.num_processes == 1:
+            return terms
+        own = torch.stack([term.detach() for term in terms.values()])
+        means: Any = self.accelerator.reduce(own.clone(), reduction="mean")
+        shifts = (means - own).unbind()
+        return {name: term + by for (name, term), by in zip(terms.items(), shifts, strict=True)}
+
+    def _step(self, batch: Any, position: Position, *, update: bool) -> dict[str, Tensor]:
+        terms = super()._step(batch, position, update=update)
+        scale: Any = self.clip.model.logit_scale
+        if update and scale.requires_grad:
+            with torch.no_grad():
+                scale.clamp_(0, LARGEST_SCALE)
+        return terms
+
+    def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TrainingError(
+                f"a batch is {type(batch).__name__}; expected a pair (images, token ids)."
+            )
+        images, texts = batch
+        if not isinstance(images, Tensor):
+            raise TrainingError(f"images are {type(images).__name__}; expected a tensor.")
+        tokens = tokens_of(texts, self.clip.tokenizer)
+        if len(images) != len(tokens):
+            raise TrainingError(
+                f"a batch has {len(images)} images and {len(tokens)} texts; expected one text an "
+                "image."
+            )
+        return self._moved((images, tokens))
+
+    def _state_of_loss(self, position: Position) -> dict[str, float]:
+        done = (position.step - 1) / self.total_steps
+        scale: Any = self.clip.model.logit_scale
+        return {
+            "shapley_weight": self.config.ramped_weight(done),
+            "logit_scale": float(scale.detach().exp().mean()),
+        }
+
+    # --- the text tower -----------------------------------------------------------------------
+
+    def _frozen(self) -> list[nn.Module]:
+        return super()._frozen() + ([] if self.config.train_text else self._text_modules())
+
+    def _text_modules(self) -> list[nn.Module]:
+        """Everything but the image tower, and what holds both."""
+        model: Any = self.clip.model
+        image_side = {id(module) for module in model.visual.modules()} | {id(model)}
+        return [module for module in model.modules() if id(module) not in image_side]
+
+    @contextmanager
+    def _text_frozen(self) -> Iterator[None]:
+        """Inside, no gradient is computed for the texts, and no graph kept, if they stay."""
+        model: Any = self.clip.model
+        trained = [*model.visual.parameters(), model.logit_scale]
+        if (bias := getattr(model, "logit_bias", None)) is not None:
+            trained.append(bias)
+        kept = {id(parameter) for parameter in trained}
+        frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+        if self.config.train_text:
+            frozen = []
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
