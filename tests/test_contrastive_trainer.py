@@ -578,3 +578,27 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     exec(code, {"images": torch.zeros(1, 3, 12, 16), "print": printed.append})
     assert printed[0]["images"] == 18
     assert (tmp_path / "runs" / "clip" / "history.jsonl").is_file()
+
+
+def test_a_plain_model_is_trained_alike():
+    model = clip_model()
+    images = torch.randn(4, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    batches = [(images, tokens(4))]
+    settings = {"epochs": 2, "shapley_weight": 0.0, "warmup": 0.0}
+    trainer = ContrastiveTrainer(model, batches, batches, config=ContrastiveConfig(**settings))
+    before = trainer.evaluate()
+    scale = model.logit_scale.detach().exp()
+    with torch.no_grad():
+        found = model.eval()(*batches[0])
+    logits = scale * found[0] @ found[1].T
+    own = torch.arange(4)
+    expected = (
+        torch.nn.functional.cross_entropy(logits, own)
+        + torch.nn.functional.cross_entropy(logits.T, own)
+    ) / 2
+    assert before["contrastive_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert "skill" not in before and before["images"] == 4
+    trainer.fit()
+    assert trainer.evaluate()["contrastive_loss"] < before["contrastive_loss"]
+    with pytest.raises(ArgumentError, match="shapley_weight=0"):
+        ContrastiveTrainer(model, batches)

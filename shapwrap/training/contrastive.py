@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from shapwrap.backbones.image_text import reads_texts
 from shapwrap.clip.shapley_clip import ShapleyCLIP
 from shapwrap.clip.texts import tokens_of
 from shapwrap.errors import ArgumentError, BackboneTypeError, TrainingError
@@ -33,7 +34,8 @@ class ContrastiveTrainer(Loop):
     `accumulation` puts together.
 
     Args:
-        clip: The wrapped model; trained in place.
+        clip: The wrapped model; trained in place. With `shapley_weight=0` also a plain image-text
+            model, to compare with: same loss, same schedule, no game.
         train_data: Any iterable of (images, token ids [B, L]) that can be iterated once an epoch: a
             DataLoader, `shapwrap.data.ImageTextShards`, a list of batches. Strings will do where
             `clip` has a tokenizer. All batches of a step must be of one size in all processes;
@@ -45,15 +47,16 @@ class ContrastiveTrainer(Loop):
         accelerator: One of your own, for trackers or plugins; made from `config` by default.
 
     Raises:
-        BackboneTypeError: `clip` is not a ShapleyCLIP.
-        ArgumentError: SigLIP's loss for a model without a logit bias.
+        BackboneTypeError: `clip` is no image-text model.
+        ArgumentError: SigLIP's loss for a model without a logit bias, or a Shapley weight for one
+            that is not wrapped.
         TrainingError: The data is not iterable, has no length and `steps_per_epoch` is unset, or
             all parameters are frozen.
     """
 
     def __init__(
         self,
-        clip: ShapleyCLIP,
+        clip: ShapleyCLIP | nn.Module,
         train_data: Iterable[Any],
         val_data: Iterable[Any] | None = None,
         *,
@@ -61,18 +64,24 @@ class ContrastiveTrainer(Loop):
         head: Iterable[nn.Parameter] | None = None,
         accelerator: Accelerator | None = None,
     ):
-        if not isinstance(clip, ShapleyCLIP):
+        if not reads_texts(clip):
             raise BackboneTypeError(
                 f"clip is {type(clip).__name__}; expected ShapleyCLIP(model). Train a "
                 "ShapleyWrapper with Trainer."
             )
         self.config = config or ContrastiveConfig()
-        if self.config.loss == "siglip" and getattr(clip.model, "logit_bias", None) is None:
+        self.clip = clip if isinstance(clip, ShapleyCLIP) else None
+        self._towers: Any = clip.model if isinstance(clip, ShapleyCLIP) else clip
+        if self.clip is None and self.config.shapley_weight > 0:
             raise ArgumentError(
-                f"loss is 'siglip', but {type(clip.model).__name__} has no logit bias; make it "
+                f"shapley_weight is {self.config.shapley_weight}, but {type(clip).__name__} has no "
+                "patch values; expected ShapleyCLIP(model), or shapley_weight=0 for a plain model."
+            )
+        if self.config.loss == "siglip" and getattr(self._towers, "logit_bias", None) is None:
+            raise ArgumentError(
+                f"loss is 'siglip', but {type(self._towers).__name__} has no logit bias; make it "
                 "with init_logit_bias=-10.0, or use loss='clip'."
             )
-        self.clip = clip
         with self._text_frozen():
             super().__init__(
                 clip, train_data, config=self.config, head=head, accelerator=accelerator
@@ -107,7 +116,7 @@ class ContrastiveTrainer(Loop):
 
         contrastive_loss, image_to_text_r1 and text_to_image_r1 compare within a batch (of all
         processes), so they depend on its size; skill, residual and trivial_residual (squared
-        similarities) are over the texts of a batch.
+        similarities) are over the texts of a batch, and absent for a plain model.
 
         Args:
             data: Batches of (images, token ids); the validation data if None.
@@ -141,7 +150,7 @@ class ContrastiveTrainer(Loop):
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, texts = batch
         with engine.autocast(self.accelerator, self.config):
-            if self.objective.needs_coalitions:
+            if self.clip is not None and self.objective.needs_coalitions:
                 coalitions = fresh_coalitions(
                     self.clip,
                     images,
@@ -165,7 +174,7 @@ class ContrastiveTrainer(Loop):
 
     def _step(self, batch: Any, position: Position, *, update: bool) -> dict[str, Tensor]:
         terms = super()._step(batch, position, update=update)
-        scale: Any = self.clip.model.logit_scale
+        scale: Any = self._towers.logit_scale
         if update and scale.requires_grad:
             with torch.no_grad():
                 scale.clamp_(0, LARGEST_SCALE)
@@ -179,7 +188,7 @@ class ContrastiveTrainer(Loop):
         images, texts = batch
         if not isinstance(images, Tensor):
             raise TrainingError(f"images are {type(images).__name__}; expected a tensor.")
-        tokens = tokens_of(texts, self.clip.tokenizer)
+        tokens = tokens_of(texts, None if self.clip is None else self.clip.tokenizer)
         if len(images) != len(tokens):
             raise TrainingError(
                 f"a batch has {len(images)} images and {len(tokens)} texts; expected one text an "
@@ -189,7 +198,7 @@ class ContrastiveTrainer(Loop):
 
     def _state_of_loss(self, position: Position) -> dict[str, float]:
         done = (position.step - 1) / self.total_steps
-        scale: Any = self.clip.model.logit_scale
+        scale: Any = self._towers.logit_scale
         return {
             "shapley_weight": self.config.ramped_weight(done),
             "logit_scale": float(scale.detach().exp().mean()),
@@ -202,14 +211,14 @@ class ContrastiveTrainer(Loop):
 
     def _text_modules(self) -> list[nn.Module]:
         """Everything but the image tower, and what holds both."""
-        model: Any = self.clip.model
+        model = self._towers
         image_side = {id(module) for module in model.visual.modules()} | {id(model)}
         return [module for module in model.modules() if id(module) not in image_side]
 
     @contextmanager
     def _text_frozen(self) -> Iterator[None]:
         """Inside, no gradient is computed for the texts, and no graph kept, if they stay."""
-        model: Any = self.clip.model
+        model = self._towers
         trained = [*model.visual.parameters(), model.logit_scale]
         if (bias := getattr(model, "logit_bias", None)) is not None:
             trained.append(bias)

@@ -21,7 +21,7 @@ from shapwrap.training.fresh_coalitions import fresh_coalitions
 @torch.no_grad()
 def validate_contrastive(
     model: nn.Module,
-    clip: ShapleyCLIP,
+    clip: ShapleyCLIP | None,
     batches: Iterable[tuple[Tensor, Tensor]],
     accelerator: Accelerator,
     config: ContrastiveConfig,
@@ -33,7 +33,7 @@ def validate_contrastive(
 
     Args:
         model: The wrapped model, as accelerate prepared it.
-        clip: The same model, bare.
+        clip: The same model, bare; None for a plain model, which has no game.
         batches: Images and token ids, where the model lies.
         accelerator: Gathers what processes find.
         config: Loss, coalitions and seed.
@@ -50,30 +50,31 @@ def validate_contrastive(
     rows: list[Tensor] = []
     with evaluation_mode(model.modules()):
         for images, texts in batches:
-            coalitions = fresh_coalitions(
-                clip, images, config.validation_coalitions, config.distribution, generator
-            )
+            coalitions = None
+            if clip is not None:
+                coalitions = fresh_coalitions(
+                    clip, images, config.validation_coalitions, config.distribution, generator
+                )
             with autocast():
-                output = model(images, texts, coalitions, paired=True)
+                played = {} if coalitions is None else {"coalitions": coalitions, "paired": True}
+                output = model(images, texts, **played)
             own = Features.of(output)
             whole = own._replace(images=gather(own.images), texts=gather(own.texts))
-            game = output.for_texts(whole.texts)
-            pairs = torch.stack(residuals(game, coalitions), dim=1)
-            found = torch.cat((_of_batch(objective, whole), gather(pairs)), dim=1)
-            rows.append(found.cpu().double())
+            found = [_of_batch(objective, whole)]
+            if coalitions is not None:
+                game = output.for_texts(whole.texts)
+                found.append(gather(torch.stack(residuals(game, coalitions), dim=1)))
+            rows.append(torch.cat(found, dim=1).cpu().double())
     if not rows:
         raise TrainingError("the validation data has no batch; expected (images, token ids).")
     means = torch.cat(rows).mean(dim=0).tolist()
-    loss, image_to_text, text_to_image, residual, trivial = means
-    return {
-        "contrastive_loss": loss,
-        "image_to_text_r1": image_to_text,
-        "text_to_image_r1": text_to_image,
-        "skill": 1 - residual / trivial if trivial > 0 else math.nan,
-        "residual": residual,
-        "trivial_residual": trivial,
-        "images": float(sum(len(row) for row in rows)),
-    }
+    names = ("contrastive_loss", "image_to_text_r1", "text_to_image_r1")
+    names += ("residual", "trivial_residual")
+    metrics = dict(zip(names, means, strict=False))
+    if clip is not None:
+        residual, trivial = metrics["residual"], metrics["trivial_residual"]
+        metrics["skill"] = 1 - residual / trivial if trivial > 0 else math.nan
+    return {**metrics, "images": float(sum(len(row) for row in rows))}
 
 
 def _of_batch(objective: ContrastiveObjective, features: Features) -> Tensor:
