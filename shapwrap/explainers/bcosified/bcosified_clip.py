@@ -1,4 +1,4 @@
-"""B-cosified CLIP: a tower that was distilled into a linear map explains similarities with texts."""
+"""B-cosified CLIP: a tower distilled into a linear map of the image explains similarities."""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -103,7 +103,8 @@ class BcosifiedCLIP(Explainer):
         super().__init__(similarity, grid=grid, chunk_size=chunk_size)
         self.model = self._explained = ExplainedTower(similarity, grid=grid)
         self._check_channels(channels, made, reading, grid)
-        self.name = "b-cosified" if reading == "pooled" else f"b-cosified-{reading}"
+        if reading != "pooled":
+            self.name = f"b-cosified-{reading.replace('_', '-')}"
         self._channels = channels
         self._texts = strings_of(texts)
         self.history: dict[str, list[dict[str, Any]]] = {}
@@ -145,7 +146,7 @@ class BcosifiedCLIP(Explainer):
                 "learn from; expected the original. Make one: BcosifiedCLIP(original, texts)."
             )
         original, settings = self._original, self.config.distillation
-        images = first_images(data)[:1]
+        images = first_images(data)[:1].to(next(original.parameters()).device)
         self.model.check(images)
         # A caller may have switched gradients off.
         with (
@@ -276,8 +277,8 @@ class BcosifiedCLIP(Explainer):
         if not runs(original, images.to(next(original.parameters()))):
             raise ImageError(
                 f"the original tower refuses images of {images.shape[-2]} x {images.shape[-1]} "
-                f"pixels; it was built for {self._explained.similarity.tower.image_size}. Resize the "
-                "training images."
+                f"pixels; it was built for {self._explained.similarity.tower.image_size}. Resize "
+                "the training images."
             )
 
     @staticmethod

@@ -19,7 +19,7 @@ DISTILLATION = LoopConfig(
     warmup=0.0,
     freeze_batch_norm=False,
 )
-"""As published but for the clipping of gradients. Batch statistics have to follow the new layers."""
+"""As published but for how gradients are clipped. Batch statistics follow the new layers."""
 
 
 @dataclass(frozen=True)

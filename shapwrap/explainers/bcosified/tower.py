@@ -20,7 +20,7 @@ from shapwrap.explainers.bcosified.layers import BcosConv2d, Factor
 KEPT = (nn.ReLU, nn.AvgPool2d, nn.Identity, nn.Dropout, BcosConv2d, BcosifiedAttentionPool)
 """Layers that are linear maps given their input, without bias, and stay as they are."""
 
-Encoded = Float[Tensor, "batch channels height width"]
+Encoded = Float[Tensor, "batch doubled height width"]
 """Images in twice as many channels, x and 1 - x."""
 
 
