@@ -26,12 +26,12 @@ from shapwrap.explainers.bcosified.similarity import BcosifiedSimilarity
 
 pytest.importorskip("open_clip")
 
+from open_clip.modified_resnet import ModifiedResNet
+
 from tests.clip_models import clip_model, tokenizer, tokens
 from tests.test_bcosified import check_untouched, images, original, texts, traces
 from tests.towers import EMBEDDING, build
 from tests.trained_models import stage
-
-TRAINED_ON = (64, 64)
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +42,9 @@ def _fresh_accelerate():
 
 
 def scenes(num, seed=0):
-    """Images of a few large patches of colour, so that embeddings differ."""
+    """Images of four large patches of colour, so that embeddings differ."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = 2 * torch.randn(num, 3, 4, 4, generator=generator)
+    drawn = 2 * torch.randn(num, 3, 2, 2, generator=generator)
     return drawn.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
 
 
@@ -56,8 +56,25 @@ def config(loss="siglip", b_ramp=0.0, factor="cosine", **settings):
 
 
 def model():
+    """An image-text model of 32 x 32 pixels whose embeddings are not all alike."""
     torch.manual_seed(0)
-    return clip_model("resnet")
+    given = clip_model("resnet")
+    tower = ModifiedResNet((1, 1, 1, 1), output_dim=EMBEDDING, heads=4, image_size=32, width=8)
+    for layer in tower.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+            layer.momentum = None
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.normal_(layer.bias, std=0.05)
+    nn.init.normal_(tower.attnpool.positional_embedding, std=0.1)
+    with torch.no_grad():
+        tower.train()(scenes(64, 7))
+    given.visual = tower
+    return given.eval()
 
 
 def ready(reading="pooled", dtype=torch.float64, **options):
@@ -223,28 +240,24 @@ def test_half_precision_and_autocast():
 @pytest.mark.parametrize("loss", ["siglip", "cosine"])
 def test_the_tower_learns_the_embeddings_of_the_original(loss):
     given = model()
-    data = [scenes(16, seed) for seed in range(6)]
+    data = [scenes(16, seed) for seed in range(4)]
     test = scenes(16, 99)
     wanted = given.visual(test)
     agreement = {}
-    for rate in (0.0, 3e-3):
-        settings = config(loss, learning_rate=rate, epochs=6, b_ramp=0.5)
+    for rate, epochs in ((0.0, 1), (3e-3, 3)):
+        settings = config(loss, learning_rate=rate, epochs=epochs, b_ramp=0.5)
         explainer = BcosifiedCLIP.train(given, tokens(), data, config=settings)
-        cosine = nn.functional.cosine_similarity(explainer.tower(test), wanted).mean().item()
-        agreement[rate] = cosine
-        records = explainer.history["distillation"]
-        assert len(records) == 36
-        assert [round(record["b"], 6) for record in records[:3]] == [
-            1.0,
-            round(1 + 1 / 18, 6),
-            round(1 + 2 / 18, 6),
-        ]
-        assert records[-1]["b"] == 2
+        agreement[rate] = nn.functional.cosine_similarity(explainer.tower(test), wanted).mean()
+    records = explainer.history["distillation"]
+    assert [record["b"] for record in records] == pytest.approx(
+        [1 + min(1, step / 6) for step in range(12)]
+    )
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
-    assert records[-1]["cosine"] > records[0]["cosine"]
-    assert agreement[3e-3] > 0.7
-    assert agreement[3e-3] > agreement[0.0] + 0.2
+    assert records[-1]["cosine"] > records[0]["cosine"] + 0.2
+    assert agreement[3e-3] > 0.35
+    assert agreement[3e-3] > agreement[0.0] + 0.3
     assert explainer(test).efficiency_gap().max() < 1e-5
+    assert all(layer.b == 2 for layer in explainer.tower.modules() if hasattr(layer, "b"))
 
 
 def test_the_model_and_the_random_states_are_left_alone():
@@ -261,7 +274,10 @@ def test_the_model_and_the_random_states_are_left_alone():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
     start, moved = bcosify(given.visual).state_dict(), explainer.state_dict()
-    assert all(not torch.equal(start[name], moved[name]) for name in start if "weight" in name)
+    # With one place an image, attention has nothing to choose from.
+    learned = [name for name in start if "weight" in name and "q_proj" not in name]
+    learned = [name for name in learned if "k_proj" not in name]
+    assert all(not torch.equal(start[name], moved[name]) for name in learned)
 
 
 def test_labels_are_not_read_and_runs_repeat():
@@ -297,7 +313,8 @@ def test_a_run_is_resumed(tmp_path):
     def settings(name):
         return config(output_dir=tmp_path / name, epochs=2, checkpoint_every=1, b_ramp=1.0)
 
-    whole = BcosifiedCLIP(model(), tokens(), config=settings("whole")).fit(DATA)
+    # Without a checkpoint there is nothing to go on from, and training starts.
+    whole = BcosifiedCLIP(model(), tokens(), config=settings("whole")).fit(DATA, resume=True)
     broken = [DATA[0], torch.full_like(DATA[1], torch.nan)]
     with pytest.raises(TrainingError, match="not finite"):
         BcosifiedCLIP(model(), tokens(), config=settings("parts")).fit(broken)
@@ -306,8 +323,6 @@ def test_a_run_is_resumed(tmp_path):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     with pytest.raises(TrainingError, match="earlier run"):
         BcosifiedCLIP(model(), tokens(), config=settings("parts")).fit(DATA)
-    anew = BcosifiedCLIP(model(), tokens(), config=settings("new")).fit(DATA, resume=True)
-    assert torch.equal(anew(scenes(1), 0).values, whole(scenes(1), 0).values)
 
 
 def test_frozen_statistics_accumulation_and_bf16():
@@ -334,8 +349,8 @@ def test_wrong_models_and_texts():
         BcosifiedCLIP(model(), ["a cat"])
     with pytest.raises(ArgumentError, match=f"expected \\[T >= 1, {EMBEDDING}\\]"):
         BcosifiedCLIP(build("resnet"), torch.randn(2, EMBEDDING + 1))
-    with pytest.raises(BackboneTypeError, match="tower is ModifiedResNet|expected an open_clip"):
-        bcosify(model())
+    with pytest.raises(BackboneTypeError, match="expected an open_clip model"):
+        BcosifiedCLIP(len, texts())
 
 
 @pytest.mark.parametrize(
@@ -378,8 +393,12 @@ def test_wrong_images_and_targets():
         ([], TrainingError, "empty"),
         (iter(DATA), TrainingError, "once an epoch"),
         ([DATA[0], (DATA[0] * 10).long()], ImageTypeError, "floating point"),
-        ([DATA[0], DATA[0][..., :32]], ImageError, "expected one size"),
-        ([scenes(2)[..., :32, :]], ImageError, "the original tower refuses images of 32 x 64"),
+        ([DATA[0], DATA[0][..., :16]], ImageError, "expected one size"),
+        (
+            [scenes(2).repeat(1, 1, 2, 1)],
+            ImageError,
+            "the original tower refuses images of 64 x 32",
+        ),
         ([DATA[0] * torch.nan], ImageError, "NaN"),
     ],
 )

@@ -25,6 +25,7 @@ from shapwrap.explainers.bcosified.linear_summary import linear_summary
 from shapwrap.explainers.bcosified.similarity import BcosifiedSimilarity, Reading
 from shapwrap.explainers.bcosified.texts import embeddings_of, tower_of
 from shapwrap.explainers.bcosified.tower import BcosifiedTower, bcosify
+from shapwrap.explainers.explained_model import Model
 from shapwrap.explainers.gradients import in_full
 from shapwrap.explainers.trained.data import first_images
 from shapwrap.explainers.trained.surrogate import precision_of
@@ -75,7 +76,7 @@ class BcosifiedCLIP(Explainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         texts: Texts,
         *,
         tokenizer: Tokenizer | None = None,
@@ -116,7 +117,9 @@ class BcosifiedCLIP(Explainer):
     # --- training -----------------------------------------------------------------------------
 
     @classmethod
-    def train(cls, model: nn.Module, texts: Texts, data: Iterable[Any], **options: Any) -> Any:
+    def train(
+        cls, model: Model, texts: Texts, data: Iterable[Any], **options: Any
+    ) -> "BcosifiedCLIP":
         """A trained explainer; see `fit` for the data and the errors, and the class for options."""
         return cls(model, texts, **options).fit(data)
 

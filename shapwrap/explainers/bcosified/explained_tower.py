@@ -27,7 +27,7 @@ class ExplainedTower(ExplainedModel):
         super().__init__(similarity, grid=grid)
         self.similarity = similarity
 
-    def cast(self, images: Images) -> Images:
+    def cast(self, images: Tensor) -> Tensor:
         """In the tower's precision, which is float32 for an original in half precision."""
         return images.to(precision_of(self.similarity))
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from shapwrap.backbones.image_text import reads_texts
 from shapwrap.clip.texts import Texts, Tokenizer, text_embeddings
 from shapwrap.errors import ArgumentError, BackboneTypeError
+from shapwrap.explainers.explained_model import Model
 from shapwrap.masking.batch_norm import evaluation_mode
 
 
-def tower_of(model: nn.Module) -> nn.Module:
+def tower_of(model: Model) -> nn.Module:
     """The image tower of a model of images and texts, or the model itself.
 
     Raises:
@@ -27,7 +28,7 @@ def tower_of(model: nn.Module) -> nn.Module:
 
 
 def embeddings_of(
-    model: nn.Module, texts: Texts, tokenizer: Tokenizer | None, width: int
+    model: Model, texts: Texts, tokenizer: Tokenizer | None, width: int
 ) -> Float[Tensor, "texts embedding"]:
     """Unit embeddings of texts, one a text.
 
@@ -42,8 +43,8 @@ def embeddings_of(
     """
     given: Any = model
     encode = given.encode_text if reads_texts(model) else _no_encoder
-    device = next(model.parameters()).device
-    with torch.no_grad(), evaluation_mode(list(model.modules())):
+    device = next(given.parameters()).device
+    with torch.no_grad(), evaluation_mode(list(given.modules())):
         return text_embeddings(texts, encode, tokenizer, width, device)
 
 
