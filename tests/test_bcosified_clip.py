@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from shapwrap.errors import (
     BackboneTypeError,
     ImageError,
     ImageTypeError,
+    MissingDependencyError,
     TargetError,
     TrainingError,
     UnsupportedBackboneError,
@@ -319,6 +321,7 @@ def test_a_run_is_resumed(tmp_path):
     with pytest.raises(TrainingError, match="not finite"):
         BcosifiedCLIP(model(), tokens(), config=settings("parts")).fit(broken)
     resumed = BcosifiedCLIP(model(), tokens(), config=settings("parts")).fit(DATA, resume=True)
+    assert all(layer.b == 2 for layer in resumed.tower.modules() if hasattr(layer, "b"))
     state, expected = resumed.state_dict(), whole.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     with pytest.raises(TrainingError, match="earlier run"):
@@ -375,7 +378,7 @@ def test_wrong_options(options, words):
 def test_wrong_images_and_targets():
     explainer = ready()
     for batch, error, words in (
-        (images(size=(16, 64)), ImageError, r"16 x 64 pixels .* built for \(64, 64\)"),
+        (images(size=(30, 64)), ImageError, r"30 x 64 pixels .* built for \(64, 64\)"),
         (images()[:, :2], ImageError, "2 channels; this tower was built for 3"),
         (images() * torch.nan, ImageError, "NaN"),
         (images()[0], ImageError, r"expected \[B, C, H, W\]"),
@@ -385,6 +388,13 @@ def test_wrong_images_and_targets():
             explainer(batch)
     with pytest.raises(TargetError, match="classes 0 to 3"):
         explainer(images(), 4)
+    assert explainer(images(size=(31, 70)), 0).grid == (1, 2)
+
+
+def test_training_without_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shapwrap.explainers.bcosified.distillation", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'shapwrap\[train\]'"):
+        BcosifiedCLIP(model(), tokens()).fit(DATA)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from shapwrap.errors import (
 )
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.bcosified.config import BcosifiedConfig
+from shapwrap.explainers.bcosified.dynamic import set_b
 from shapwrap.explainers.bcosified.explained_tower import ExplainedTower
 from shapwrap.explainers.bcosified.linear_summary import linear_summary
 from shapwrap.explainers.bcosified.similarity import BcosifiedSimilarity, Reading
@@ -162,6 +163,8 @@ class BcosifiedCLIP(Explainer):
             like = self._explained.cast(images)
             stage = Distillation(made, original, data, like, config=self.config)
             records = stage.fit(resume=resume and has_started(settings))
+        # A ramp over all steps ends one step short of B.
+        set_b(made, self.config.b)
         self.history = {"distillation": records}
         self._keep(made.to(next(original.parameters()).device))
         return self
