@@ -4,6 +4,9 @@ from shapwrap.explainers.attcat import AttCAT
 from shapwrap.explainers.attention_grad_cam import AttentionGradCAM
 from shapwrap.explainers.attention_rollout import AttentionRollout
 from shapwrap.explainers.base import Attribution, Explainer
+from shapwrap.explainers.bcosified.bcosified_clip import BcosifiedCLIP
+from shapwrap.explainers.bcosified.config import BcosifiedConfig
+from shapwrap.explainers.bcosified.tower import BcosifiedTower, bcosify
 from shapwrap.explainers.chefer_lrp import CheferLRP
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.game import GAME
@@ -29,6 +32,9 @@ __all__ = [
     "AttentionGradCAM",
     "AttentionRollout",
     "Attribution",
+    "BcosifiedCLIP",
+    "BcosifiedConfig",
+    "BcosifiedTower",
     "CheferLRP",
     "ExplainedModel",
     "Explainer",
@@ -45,4 +51,5 @@ __all__ = [
     "UnverifiedFormulaWarning",
     "ViTShapley",
     "ViTShapleyConfig",
+    "bcosify",
 ]
