@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, Self, cast
 
 import torch
@@ -400,7 +401,7 @@ class ShapleyWrapper(nn.Module):
     def report(self) -> Report:
         """A printable summary: what was chosen, what was measured, what to know before use."""
         self._check_in_use()
-        new_head = self.new_head is not None
+        new_head = not isinstance(self.new_head, NoneType | nn.Identity)
         return report_on(self, self.model, self._wrapping, self._params_before, new_head=new_head)
 
     def unwrap(self) -> nn.Module:

@@ -303,7 +303,7 @@ def test_the_report_measures_the_difference():
     difference = wrapped.encode_image(images) - original
     assert report.similarity_difference == pytest.approx(float(difference.norm(dim=-1).max()))
     assert report.tower.readout == "cosine" and report.tower.masking == "token-removal"
-    assert "unit length" in report.tower.note
+    assert "unit length" in report.tower.note and "head" not in report.tower.note
     assert 0 < report.length <= 1
     assert "similarity" in str(report) and "12 x 16" in str(report)
     assert report.text_params == sum(p.numel() for p in wrapped.model.text.parameters()) + 1
