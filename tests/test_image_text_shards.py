@@ -14,7 +14,12 @@ import torch
 
 pytest.importorskip("webdataset")
 
-from shapwrap.data import ImageTextShards, SkippedSampleWarning, count_samples
+from shapwrap.data import (
+    ImageTextShards,
+    SkippedSampleWarning,
+    captioned_images,
+    count_samples,
+)
 from shapwrap.data.image_text_sample import captions_of
 from shapwrap.data.shard_plan import ShardPlan
 from shapwrap.data.shard_reader import StoredSample, shuffled
@@ -444,3 +449,27 @@ def test_transforms_that_fail_say_where(tmp_path):
     path = write_shard(tmp_path / "x.tar", [sample(1), sample(2, png=picture(2, size=(9, 9)))])
     with pytest.raises(ArgumentError, match="expected one shape"):
         list(ImageTextShards(str(path), pixels, batch_size=2))
+
+
+def test_all_captions_of_all_images(tmp_path):
+    broken = sample(2, png=b"no picture")
+    silent = sample(3, txt="", json="{}")
+    write_shard(tmp_path / "a.tar", [sample(0), sample(1, json="{}"), broken])
+    write_shard(tmp_path / "b.tar", [silent, sample(4)])
+
+    def red(image):
+        return torch.tensor(image.getpixel((0, 0))[:1]).float().view(1, 1, 1)
+
+    for batch_size, sizes in ((None, [3]), (2, [2, 1])):
+        with pytest.warns(SkippedSampleWarning, match="2 samples were skipped: ") as warned:
+            parts = list(captioned_images(f"{tmp_path}/*.tar", red, batch_size=batch_size))
+        assert len(warned) == 1
+        assert [len(part.images) for part in parts] == sizes
+        images = torch.cat([part.images for part in parts]).flatten().tolist()
+        assert images == [0.0, 1.0, 4.0]
+        texts = [text for part in parts for text in part.captions]
+        assert texts == ["text 0", "other 0", "text 1", "text 4", "other 4"]
+        found = [part.image_of_text.tolist() for part in parts]
+        assert found == ([[0, 0, 1, 2, 2]] if batch_size is None else [[0, 0, 1], [0, 0]])
+    with pytest.raises(ArgumentError, match="batch_size"):
+        next(captioned_images(tmp_path / "a.tar", red, batch_size=0))

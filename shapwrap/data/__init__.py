@@ -1,5 +1,6 @@
 """Data: images with known evidence, masks or texts, image folders, pretrained weights."""
 
+from shapwrap.data.captioned_images import CaptionedImages, captioned_images
 from shapwrap.data.digits import ClutteredDigits, DigitScene
 from shapwrap.data.image_text_shards import ImageTextShards
 from shapwrap.data.imagenet_s import ImageNetS
@@ -12,6 +13,7 @@ from shapwrap.data.skipped import SkippedSampleWarning
 from shapwrap.metrics.pointing import Localisation, localisation
 
 __all__ = [
+    "CaptionedImages",
     "ClutteredDigits",
     "DigitScene",
     "ImageNetS",
@@ -21,6 +23,7 @@ __all__ = [
     "PetSegmentation",
     "SegmentationDataset",
     "SkippedSampleWarning",
+    "captioned_images",
     "count_samples",
     "efficientnet_lite0",
     "localisation",

@@ -42,14 +42,9 @@ def decode(
     if not found:
         return Skip("without a caption", sample.key)
     caption = found[0] if captions == "first" else generator.choice(found)
-    name = next((name for name in IMAGES if name in sample.fields), None)
-    if name is None:
-        return Skip("without an image", sample.key)
-    try:
-        with Image.open(BytesIO(sample.fields[name])) as opened:
-            image = opened.convert("RGB")
-    except Exception as error:  # what broken bytes raise depends on the format
-        return Skip("with a corrupt image", f"{sample.key} ({error})")
+    image = picture_of(sample)
+    if isinstance(image, Skip):
+        return image
     with global_states_kept():
         drawn = generator.getrandbits(63)
         random.seed(drawn)
@@ -61,6 +56,18 @@ def decode(
         except Exception as error:
             error.add_note(f"while transforming sample {sample.key!r}")
             raise
+
+
+def picture_of(sample: StoredSample) -> Image.Image | Skip:
+    """The image in RGB, or why there is none."""
+    name = next((name for name in IMAGES if name in sample.fields), None)
+    if name is None:
+        return Skip("without an image", sample.key)
+    try:
+        with Image.open(BytesIO(sample.fields[name])) as opened:
+            return opened.convert("RGB")
+    except Exception as error:  # what broken bytes raise depends on the format
+        return Skip("with a corrupt image", f"{sample.key} ({error})")
 
 
 def captions_of(sample: StoredSample) -> list[str]:

@@ -21,7 +21,8 @@ class Skip(NamedTuple):
 class Skipped:
     """Counts of samples left out, by reason, with the first key of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, instead: str = ", and others taken in their place") -> None:
+        self._instead = instead
         self.counts: Counter[str] = Counter()
         self.first: dict[str, str] = {}
         self._said = False
@@ -51,7 +52,7 @@ class Skipped:
         if self.total and not self._said:
             self._said = True
             warnings.warn(
-                f"{self.total} samples were skipped, and others taken in their place: {self}",
+                f"{self.total} samples were skipped{self._instead}: {self}",
                 SkippedSampleWarning,
                 stacklevel=2,
             )
