@@ -5,6 +5,7 @@ from shapwrap.explainers.attention_grad_cam import AttentionGradCAM
 from shapwrap.explainers.attention_rollout import AttentionRollout
 from shapwrap.explainers.base import Attribution, Explainer
 from shapwrap.explainers.chefer_lrp import CheferLRP
+from shapwrap.explainers.clip import ECLIP, M2IB, CLIPGradCAM, CLIPSurgery, MaskCLIP
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.game import GAME
 from shapwrap.explainers.grad_cam import GradCAM
@@ -22,13 +23,17 @@ from shapwrap.explainers.trained.fastshap import FastSHAP
 from shapwrap.explainers.trained.vit_shapley import ViTShapley
 
 __all__ = [
+    "ECLIP",
     "GAME",
     "IDGI",
+    "M2IB",
     "RISE",
     "AttCAT",
     "AttentionGradCAM",
     "AttentionRollout",
     "Attribution",
+    "CLIPGradCAM",
+    "CLIPSurgery",
     "CheferLRP",
     "ExplainedModel",
     "Explainer",
@@ -38,6 +43,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "KernelSHAP",
+    "MaskCLIP",
     "Occlusion",
     "RandomMap",
     "SelfExplaining",
