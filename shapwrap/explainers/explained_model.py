@@ -110,9 +110,12 @@ class ExplainedModel:
             raise UnsupportedBackboneError(
                 "the model is a function, whose parts cannot be found; expected an nn.Module."
             )
-        if self.zero_shot is not None:
-            return _backbone_of_tower(self.zero_shot.tower)
-        return wrap(self.module, Request(), None)[0].backbone
+        device = next((p.device.type for p in self.module.parameters()), "cpu")
+        # What is claimed of the parts is proved in full precision.
+        with torch.autocast(device, enabled=False):
+            if self.zero_shot is not None:
+                return _backbone_of_tower(self.zero_shot.tower)
+            return wrap(self.module, Request(), None)[0].backbone
 
     def grid_of(self, images: Images) -> Grid:
         """Rows and columns of patches for images of this size.

@@ -135,8 +135,7 @@ def multi_head(
 ) -> MultiHead:
     """The function behind `nn.MultiheadAttention`, under its own argument names.
 
-    Args:
-        through: What computes each head; `attend`, or something in its place.
+    What computes the heads is `through`: `attend`, or something in its place.
 
     Raises:
         UnsupportedBackboneError: Keys that are no tokens (`bias_k`, `add_zero_attn`, `static_k`),

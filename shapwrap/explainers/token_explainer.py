@@ -26,6 +26,9 @@ class TokenLayout(NamedTuple):
     additions: tuple[int, ...]
     """How many residual additions follow each self-attention."""
 
+    pooled_by_attention: bool
+    """Whether other queries than the tokens read them, after all blocks."""
+
     @property
     def num_tokens(self) -> int:
         """Patches, and the tokens before them."""
@@ -56,7 +59,7 @@ class TokenExplainer(Explainer):
     """
 
     any_grid = False
-    copies: ClassVar[int] = 1
+    copies: int = 1
     """How many of each image go through the model together."""
     needs_residual_stream: ClassVar[bool] = False
     """Whether attention must be added to tokens that run from block to block."""
@@ -64,6 +67,7 @@ class TokenExplainer(Explainer):
     def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         self._given_grid = grid
+        self._layouts: dict[tuple[int, int], TokenLayout] = {}
 
     def attribute(self, images: Images, target: Int[Tensor, " batch"]) -> Attribution:
         """The map of each image.
@@ -75,7 +79,7 @@ class TokenExplainer(Explainer):
         module = nn.Identity() if self.model.module is None else self.model.module
         maps = []
         with without_recomputation(module):
-            layout = self._look(images)
+            layout = self._layout(images)
             size = max(1, self.chunk_size // self.copies)
             for part, classes in zip(images.split(size), target.split(size), strict=True):
                 count = len(part)
@@ -91,6 +95,17 @@ class TokenExplainer(Explainer):
     ) -> Float[Tensor, "batch patches"]:
         """The method itself, on images that run together."""
 
+    def _layout(self, images: Images) -> TokenLayout:
+        """Of images of this size; found once.
+
+        Raises:
+            UnsupportedBackboneError: No transformer of global attention.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._layouts:
+            self._layouts[size] = self._look(images)
+        return self._layouts[size]
+
     def _look(self, images: Images) -> TokenLayout:
         """Runs one image as it is.
 
@@ -102,9 +117,8 @@ class TokenExplainer(Explainer):
         with torch.no_grad(), recorder:
             self.model.logits(images[:1])
         num_prefix = check_shapes(recorder, 1, grid[0] * grid[1], prefix)
-        layout = TokenLayout(
-            grid, num_prefix, tuple(len(layer.additions) for layer in recorder.layers)
-        )
+        additions = tuple(len(layer.additions) for layer in recorder.layers)
+        layout = TokenLayout(grid, num_prefix, additions, bool(recorder.poolings))
         if self.needs_residual_stream:
             if layout.pools:
                 raise UnsupportedBackboneError(

@@ -1,9 +1,10 @@
 """Base of the methods that exist for image-text models alone."""
 
-from shapwrap._types import Grid
-from shapwrap.clip.zero_shot import ZeroShotClassifier
+from shapwrap._types import Grid, Images
 from shapwrap.errors import BackboneTypeError
-from shapwrap.explainers.token_explainer import TokenExplainer
+from shapwrap.explainers.clip.patch_embeddings import TokenEmbeddings, token_embeddings
+from shapwrap.explainers.explained_model import Model
+from shapwrap.explainers.token_explainer import TokenExplainer, TokenLayout
 
 
 class CLIPExplainer(TokenExplainer):
@@ -19,9 +20,7 @@ class CLIPExplainer(TokenExplainer):
         BackboneTypeError: No `ZeroShotClassifier`.
     """
 
-    def __init__(
-        self, model: ZeroShotClassifier, *, grid: Grid | None = None, chunk_size: int = 64
-    ):
+    def __init__(self, model: Model, *, grid: Grid | None = None, chunk_size: int = 64):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         if self.model.zero_shot is None:
             raise BackboneTypeError(
@@ -29,3 +28,15 @@ class CLIPExplainer(TokenExplainer):
                 "images and texts. Pass ZeroShotClassifier(model, texts)."
             )
         self.classifier = self.model.zero_shot
+        self._embeddings: dict[tuple[int, int], TokenEmbeddings] = {}
+
+    def token_embeddings(self, images: Images, layout: TokenLayout) -> TokenEmbeddings:
+        """How the tower embeds single tokens of images of this size; found once.
+
+        Raises:
+            UnsupportedBackboneError: It does not embed single tokens.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        if size not in self._embeddings:
+            self._embeddings[size] = token_embeddings(self.model, self.classifier, images, layout)
+        return self._embeddings[size]

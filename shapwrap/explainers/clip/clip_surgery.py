@@ -10,12 +10,11 @@ from torch.nn import functional
 from shapwrap._types import Grid, Images
 from shapwrap.arguments import check_at_least
 from shapwrap.clip.texts import Texts
-from shapwrap.clip.zero_shot import ZeroShotClassifier
 from shapwrap.errors import ArgumentError
 from shapwrap.explainers.attention_intervention import AttentionIntervention, batch_axis
 from shapwrap.explainers.attention_recorder import Addition
 from shapwrap.explainers.clip.clip_explainer import CLIPExplainer
-from shapwrap.explainers.clip.patch_embeddings import token_embeddings
+from shapwrap.explainers.explained_model import Model
 from shapwrap.explainers.explicit_attention import Attended
 from shapwrap.explainers.gradients import in_full
 from shapwrap.explainers.token_explainer import TokenLayout
@@ -62,7 +61,7 @@ class CLIPSurgery(CLIPExplainer):
 
     def __init__(
         self,
-        model: ZeroShotClassifier,
+        model: Model,
         *,
         redundancy: str = "classes",
         empty: Texts = "",
@@ -99,7 +98,7 @@ class CLIPSurgery(CLIPExplainer):
     ) -> Float[Tensor, "batch patches"]:
         """One forward pass of two copies, one a path."""
         batch = len(images)
-        reader = token_embeddings(self.model, self.classifier, images, layout)
+        reader = self.token_embeddings(images, layout)
         first = max(0, layout.last + 1 - self.blocks)
 
         def second_path(index: int, attended: Attended) -> Tensor:
@@ -117,7 +116,7 @@ class CLIPSurgery(CLIPExplainer):
 
         intervention = AttentionIntervention(attention=second_path, addition=without_mlp)
         tokens = reader.run(torch.cat((images, images)), intervention)
-        image, patches = reader.image(tokens[:batch])[:, 0], reader.of_patches(tokens[batch:])
+        image, patches = reader.image(tokens[:batch]), reader.of_patches(tokens[batch:])
         with without_autocast(images):
             return self._less_redundant(image, patches, target)
 

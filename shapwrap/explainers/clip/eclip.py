@@ -36,7 +36,8 @@ class ECLIP(TokenExplainer):
             self-attention (CLIP's ResNet), or a `ZeroShotClassifier` of one.
         key_similarity: Without, lam = 1 ("wo-ksim").
         grid: Rows and columns of patches; by default those of the backbone.
-        chunk_size: Images that go through the model at a time, three copies of each.
+        chunk_size: Images that go through the model at a time, three copies of each with
+            `key_similarity`.
 
     Raises:
         ArgumentError: A chunk size below 1, or a grid that is none.
@@ -47,7 +48,6 @@ class ECLIP(TokenExplainer):
     """
 
     name = "eclip"
-    copies = 3
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class ECLIP(TokenExplainer):
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         self.key_similarity = key_similarity
+        self.copies = 3 if key_similarity else 1
         if not key_similarity:
             self.name = "eclip (wo-ksim)"
 
@@ -85,7 +86,7 @@ class ECLIP(TokenExplainer):
             shares = gradient @ seen.values[:, patches].mT
             if self.key_similarity:
                 projected = intervention.layers[-1].projected
-                shares = shares * _key_similarity(projected, batch, self.copies, patches)
+                shares = shares * _key_similarity(projected, batch, patches)
             return shares.sum(dim=1).clamp(min=0)
 
 
@@ -115,21 +116,21 @@ class _LastAttention:
         self.output = output.requires_grad_()
         torch.set_grad_enabled(True)
         one_head = rearrange(output, "b t (h d) -> b h t d", h=heads).to(query.dtype)
+        # Empty where there are no such copies.
         return torch.cat((one_head, query[batch : 2 * batch], key[2 * batch :]))
 
 
 def _key_similarity(
-    projected: Tensor | None, batch: int, copies: int, patches: slice
+    projected: Tensor | None, batch: int, patches: slice
 ) -> Float[Tensor, "batch queries patches"]:
     if projected is None:
         raise UnsupportedBackboneError(
             "no linear layer reads the heads of the last attention; expected an output projection. "
             "key_similarity=False needs none."
         )
-    _, queries, keys = batch_first(in_full(projected.detach()), copies * batch).split(batch)
-    cosines = (
-        functional.normalize(queries, dim=-1) @ functional.normalize(keys[:, patches], dim=-1).mT
-    )
+    tokens = functional.normalize(batch_first(in_full(projected.detach()), 3 * batch), dim=-1)
+    queries, keys = tokens[batch : 2 * batch], tokens[2 * batch :, patches]
+    cosines = queries @ keys.mT
     low, high = cosines.amin(dim=2, keepdim=True), cosines.amax(dim=2, keepdim=True)
     flat = high == low
     return torch.where(flat, 1.0, (cosines - low) / (high - low + flat))

@@ -16,6 +16,7 @@ from shapwrap.explainers.attention_intervention import (
 )
 from shapwrap.explainers.attention_recorder import Addition
 from shapwrap.explainers.clip.clip_explainer import CLIPExplainer
+from shapwrap.explainers.explained_model import Model
 from shapwrap.explainers.gradients import in_full
 from shapwrap.explainers.token_explainer import TokenLayout
 from shapwrap.masking.pooling import without_autocast
@@ -66,7 +67,7 @@ class M2IB(CLIPExplainer):
 
     def __init__(
         self,
-        model: ZeroShotClassifier,
+        model: Model,
         *,
         layer: int | None = None,
         beta: float = 0.1,
@@ -122,7 +123,7 @@ class M2IB(CLIPExplainer):
         layout: TokenLayout,
     ) -> Float[Tensor, "batch patches"]:
         count = len(images)
-        if layout.num_tokens in (count, count * self.samples):
+        if layout.num_tokens == count:
             # One more image tells the axis of the images from that of the tokens.
             images, target = torch.cat((images, images[:1])), torch.cat((target, target[:1]))
         bottleneck = _Bottleneck(layer, layout, self.samples, len(images))
@@ -174,10 +175,9 @@ class _Bottleneck:
                     "copies of its tokens, or lets no gradient reach them; expected blocks that "
                     "take any number of images."
                 )
-            copies = target.repeat_interleave(self.samples)
-            return cosines.gather(1, copies[:, None]).unflatten(0, (self.batch, self.samples))[
-                ..., 0
-            ]
+            texts = target.repeat_interleave(self.samples)
+            asked = cosines.gather(1, texts[:, None])
+            return asked.reshape(self.batch, self.samples)
 
     def __call__(self, index: int, number: int, addition: Addition) -> Tensor:
         if (index, number) != (self.layer, self.after):

@@ -6,11 +6,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from shapwrap._types import Grid, Images
-from shapwrap.clip.zero_shot import ZeroShotClassifier
 from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.explainers.attention_intervention import AttentionIntervention, batch_first
 from shapwrap.explainers.clip.clip_explainer import CLIPExplainer
-from shapwrap.explainers.clip.patch_embeddings import token_embeddings
+from shapwrap.explainers.explained_model import Model
 from shapwrap.explainers.explicit_attention import Attended
 from shapwrap.explainers.gradients import in_full
 from shapwrap.explainers.token_explainer import TokenLayout
@@ -33,7 +32,8 @@ class MaskCLIP(CLIPExplainer):
         key_similarity: Without, the values are cos(z_i, t), as MaskCLIP was published; with it, as
             it was compared with ECLIP.
         grid: Rows and columns of patches; by default those of the tower.
-        chunk_size: Images that go through the model at a time, two copies of each.
+        chunk_size: Images that go through the model at a time, two copies of each with
+            `key_similarity`.
 
     Raises:
         ArgumentError: A chunk size below 1, or a grid that is none.
@@ -45,11 +45,10 @@ class MaskCLIP(CLIPExplainer):
     """
 
     name = "maskclip"
-    copies = 2
 
     def __init__(
         self,
-        model: ZeroShotClassifier,
+        model: Model,
         *,
         key_similarity: bool = True,
         grid: Grid | None = None,
@@ -57,6 +56,7 @@ class MaskCLIP(CLIPExplainer):
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         self.key_similarity = key_similarity
+        self.copies = 2 if key_similarity else 1
         if not key_similarity:
             self.name = "maskclip (wo-ksim)"
 
@@ -66,11 +66,13 @@ class MaskCLIP(CLIPExplainer):
     ) -> Float[Tensor, "batch patches"]:
         """One forward pass of two copies, whose last attention gives v and k."""
         batch = len(images)
-        reader = token_embeddings(self.model, self.classifier, images, layout)
+        reader = self.token_embeddings(images, layout)
 
         def values_and_keys(index: int, attended: Attended) -> Tensor:
             if index != layout.last:
                 return attended.output
+            if not self.key_similarity:
+                return attended.values
             if attended.key is None or attended.key.shape != attended.values.shape:
                 raise UnsupportedBackboneError(
                     "the keys of the last attention could not be seen, or have another shape than "
@@ -79,7 +81,7 @@ class MaskCLIP(CLIPExplainer):
             return torch.cat((attended.values[:batch], attended.key[batch:]))
 
         intervention = AttentionIntervention(attention=values_and_keys)
-        tokens = reader.run(torch.cat((images, images)), intervention)[:batch]
+        tokens = reader.run(torch.cat([images] * self.copies), intervention)[:batch]
         patches = reader.of_patches(tokens)
         with without_autocast(images):
             texts = self.classifier.text_embeddings[target].to(patches.dtype)

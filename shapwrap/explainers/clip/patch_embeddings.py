@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from shapwrap._types import Images
 from shapwrap.backbones.tokens import TokenBackbone
+from shapwrap.clip.output import Embeddings
 from shapwrap.clip.zero_shot import ZeroShotClassifier
 from shapwrap.errors import UnsupportedBackboneError
 from shapwrap.explainers.attention_intervention import AttentionIntervention, batch_first
@@ -19,7 +20,8 @@ from shapwrap.explainers.token_explainer import TokenLayout
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import in_full_precision, undisturbed
 
-Unit = Float[Tensor, "batch tokens embedding"]
+Tokens = Float[Tensor, "batch tokens features"]
+Unit = Float[Tensor, "batch items embedding"]
 """Embeddings of unit length."""
 
 
@@ -33,20 +35,18 @@ class TokenEmbeddings(ABC):
         """The tokens that the image's embedding is made of."""
 
     @abstractmethod
-    def run(
-        self, images: Images, intervention: AttentionIntervention
-    ) -> Float[Tensor, "batch tokens features"]:
+    def run(self, images: Images, intervention: AttentionIntervention) -> Tokens:
         """All tokens after the tower's last attention and what follows it token by token."""
 
     @abstractmethod
-    def embed(self, tokens: Float[Tensor, "batch tokens features"]) -> Unit:
+    def embed(self, tokens: Tokens) -> Unit:
         """Each token's embedding, as if the tower read that token alone."""
 
-    def image(self, tokens: Float[Tensor, "batch tokens features"]) -> Unit:
-        """The embedding of the image, [B, 1, E]."""
-        return self.embed(tokens[:, self.read].mean(dim=1, keepdim=True))
+    def image(self, tokens: Tokens) -> Embeddings:
+        """The unit embedding of the image, [B, E]."""
+        return self.embed(tokens[:, self.read].mean(dim=1, keepdim=True))[:, 0]
 
-    def of_patches(self, tokens: Float[Tensor, "batch tokens features"]) -> Unit:
+    def of_patches(self, tokens: Tokens) -> Unit:
         """The embedding of each patch."""
         return self.embed(tokens[:, self.patches])
 
@@ -58,14 +58,12 @@ class TransformerEmbeddings(TokenEmbeddings):
         super().__init__(layout)
         self.backbone = backbone
 
-    def run(
-        self, images: Images, intervention: AttentionIntervention
-    ) -> Float[Tensor, "batch tokens features"]:
+    def run(self, images: Images, intervention: AttentionIntervention) -> Tokens:
         """Through blocks and final norm, where that comes before pooling."""
         with intervention:
             return self.backbone.original_tokens(images)
 
-    def embed(self, tokens: Float[Tensor, "batch tokens features"]) -> Unit:
+    def embed(self, tokens: Tokens) -> Unit:
         """Through what is left of norm and projection."""
         embedded = self.backbone.pre_logits(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
         with without_autocast(tokens):
@@ -79,9 +77,7 @@ class PooledEmbeddings(TokenEmbeddings):
         super().__init__(layout)
         self.tower = tower
 
-    def run(
-        self, images: Images, intervention: AttentionIntervention
-    ) -> Float[Tensor, "batch tokens features"]:
+    def run(self, images: Images, intervention: AttentionIntervention) -> Tokens:
         """Through the pooling, all of whose queries are kept."""
         with intervention:
             self.tower(images)
@@ -93,7 +89,7 @@ class PooledEmbeddings(TokenEmbeddings):
             )
         return batch_first(projected, len(images))
 
-    def embed(self, tokens: Float[Tensor, "batch tokens features"]) -> Unit:
+    def embed(self, tokens: Tokens) -> Unit:
         """They are embeddings already."""
         with without_autocast(tokens):
             return functional.normalize(in_full(tokens), dim=-1)
@@ -118,7 +114,7 @@ def token_embeddings(
     if layout.pools:
         found: TokenEmbeddings = PooledEmbeddings(layout, classifier.tower)
         choices = [found.read]
-    elif isinstance(backbone, TokenBackbone):
+    elif isinstance(backbone, TokenBackbone) and not layout.pooled_by_attention:
         found = TransformerEmbeddings(layout, backbone)
         choices = [slice(0, 1)] if layout.num_prefix else []
         choices.append(found.patches)
@@ -131,7 +127,7 @@ def token_embeddings(
         tokens = found.run(noise, AttentionIntervention())
         for choice in choices:
             found.read = choice
-            if torch.allclose(found.image(tokens)[:, 0], expected, rtol=0, atol=1e-4):
+            if torch.allclose(found.image(tokens), expected, rtol=0, atol=1e-4):
                 return found
     raise _without_patch_embeddings(classifier)
 
