@@ -41,6 +41,7 @@ from shapwrap.explainers import (
     Occlusion,
     RandomMap,
 )
+from shapwrap.explainers.attention_intervention import AttentionIntervention
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -602,6 +603,68 @@ def test_callers_without_gradients():
             with context():
                 found = explainer(images.clone(), 1).values
             torch.testing.assert_close(found, values)
+
+
+def test_attention_written_by_hand():
+    """Queries, keys and scores are found where no fused function is called."""
+    classifier, images = make("eva02")
+    other = fresh("eva02")
+    for block in other.tower.trunk.blocks:
+        block.attn.fused_attn = False
+    for method in CLIP_METHODS.values():
+        values = bound(method, classifier)(images, 1).values
+        torch.testing.assert_close(bound(method, other)(images, 1).values, values)
+
+
+@pytest.mark.parametrize(
+    "by_hand",
+    [
+        lambda q, k, d: (q / d**0.5) @ k.transpose(-2, -1),
+        lambda q, k, d: q @ k.transpose(-2, -1) / d**0.5,
+        lambda q, k, d: d**-0.5 * (q @ k.mT),
+        lambda q, k, d: ((q @ k.mT) * d**-0.5 + 0.0).float(),
+        lambda q, k, d: torch.mul(torch.matmul(q * 3, k.mT), d**-0.5 / 3).masked_fill(
+            torch.zeros(5, 5, dtype=torch.bool), -1.0
+        ),
+    ],
+)
+def test_queries_are_seen_unscaled(by_hand):
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    seen = []
+
+    def rule(index, attended):
+        seen.append((index, attended))
+        return attended.output * 2
+
+    with AttentionIntervention(attention=rule):
+        expected = functional.scaled_dot_product_attention(q, k, v)
+        output = by_hand(q, k, 4).softmax(dim=-1) @ v
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(output, 2 * functional.scaled_dot_product_attention(q, k, v))
+    (_, fused), (index, found) = seen
+    assert index == 1
+    for name in ("weights", "values", "scores", "key"):
+        torch.testing.assert_close(getattr(found, name), getattr(fused, name))
+    torch.testing.assert_close(found.query, q)
+    torch.testing.assert_close(fused.query, q)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "vit-token-dropout",
+        "vit-token-custom-blocks",
+        "vit-token-late-norm",
+        "vit-average-late-norm",
+        "timm-vit-token-linear",
+    ],
+)
+def test_other_transformers(kind):
+    classifier, images = make(kind, batch=1)
+    for method in CLIP_METHODS.values():
+        explanation = bound(method, classifier)(images, 1)
+        assert explanation.values.shape == (1, explanation.grid[0] * explanation.grid[1])
+        assert explanation.values.abs().max() > 0 or method is CLIPGradCAM
 
 
 # --- nothing is left behind -------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Changes what attention gives, or what is added to the tokens, while a model runs its own code."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,13 +23,12 @@ AttentionRule = Callable[[int, Attended], Tensor]
 AdditionRule = Callable[[int, int, Addition], Tensor]
 """Number of the attention, number of the addition after it and the addition, to its result."""
 
+QUOTIENTS = {torch.div, torch.Tensor.div, torch.Tensor.__truediv__}
 # What scores may go through between the product of queries and keys and the softmax.
 CARRIED = {
     *ADDITIONS,
     *PRODUCTS,
-    torch.div,
-    torch.Tensor.div,
-    torch.Tensor.__truediv__,
+    *QUOTIENTS,
     torch.masked_fill,
     torch.Tensor.masked_fill,
     torch.Tensor.float,
@@ -42,6 +42,14 @@ class _Scores(NamedTuple):
     scores: Weights
     query: Tensor | None
     key: Tensor | None
+    factor: float = 1.0
+    """What the product was multiplied by."""
+
+    def unscaled_query(self) -> Tensor | None:
+        """The query before any scaling: scores are its product with the key, over sqrt(D)."""
+        if self.query is None:
+            return None
+        return self.query * (self.factor * math.sqrt(self.query.shape[-1]))
 
 
 class AttentionIntervention(AttentionRecorder):
@@ -82,7 +90,8 @@ class AttentionIntervention(AttentionRecorder):
         elif func in CARRIED and output.ndim == 4:
             found = next((self._scores[id(a)] for a in args if id(a) in self._scores), None)
             if found is not None:
-                self._scores[id(output)] = found._replace(scores=output)
+                factor = found.factor * _factor(func, args)
+                self._scores[id(output)] = found._replace(scores=output, factor=factor)
         elif func in SOFTMAXES and args and output.ndim == 4:
             self._scores[id(output)] = self._scores.get(id(args[0]), _Scores(args[0], None, None))
         return super()._look(func, args, kwargs, output)
@@ -91,7 +100,9 @@ class AttentionIntervention(AttentionRecorder):
         weights = self._sources[id(args[0])]
         found = self._scores.get(id(weights))
         if found is not None and args[1].ndim == 4:
-            output = self._instead(Attended(output, weights, args[1], *found)).output
+            query = found.unscaled_query()
+            attended = Attended(output, weights, args[1], found.scores, query, found.key)
+            output = self._instead(attended).output
         self._scores.clear()
         return super()._attend_by_hand(args, output)
 
@@ -103,6 +114,16 @@ class AttentionIntervention(AttentionRecorder):
         result = self._addition(len(self.layers) - 1, before, layer.additions[-1])
         layer.additions[-1] = layer.additions[-1]._replace(result=result)
         return result
+
+
+def _factor(func: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    """The number by which a function multiplies a tensor; 1 where it is not a plain number."""
+    numbers = [float(arg) for arg in args[:2] if isinstance(arg, int | float)]
+    if not numbers or not numbers[0]:
+        return 1.0
+    if func in QUOTIENTS:
+        return 1 / numbers[0]
+    return numbers[0] if func in PRODUCTS else 1.0
 
 
 def batch_axis(tensor: Tensor, batch: int) -> int:
