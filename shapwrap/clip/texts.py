@@ -75,8 +75,8 @@ def tokens_of(texts: Texts, tokenizer: Tokenizer | None) -> Tensor:
         raise ArgumentError("there is no text; expected at least one.")
     if tokenizer is None:
         raise ArgumentError(
-            "texts are strings, but there is no tokenizer. Pass one when you wrap: "
-            "ShapleyCLIP(model, tokenizer=open_clip.get_tokenizer(name)), or pass token ids."
+            "texts are strings, but there is no tokenizer. Pass one with the model: "
+            "tokenizer=open_clip.get_tokenizer(name), or pass token ids."
         )
     return tokenizer(strings)
 

@@ -8,6 +8,7 @@ from shapwrap.explainers.bcosified.bcosified_clip import BcosifiedCLIP
 from shapwrap.explainers.bcosified.config import BcosifiedConfig
 from shapwrap.explainers.bcosified.tower import BcosifiedTower, bcosify
 from shapwrap.explainers.chefer_lrp import CheferLRP
+from shapwrap.explainers.clip import ECLIP, M2IB, CLIPGradCAM, CLIPSurgery, MaskCLIP
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.game import GAME
 from shapwrap.explainers.grad_cam import GradCAM
@@ -25,8 +26,10 @@ from shapwrap.explainers.trained.fastshap import FastSHAP
 from shapwrap.explainers.trained.vit_shapley import ViTShapley
 
 __all__ = [
+    "ECLIP",
     "GAME",
     "IDGI",
+    "M2IB",
     "RISE",
     "AttCAT",
     "AttentionGradCAM",
@@ -35,6 +38,8 @@ __all__ = [
     "BcosifiedCLIP",
     "BcosifiedConfig",
     "BcosifiedTower",
+    "CLIPGradCAM",
+    "CLIPSurgery",
     "CheferLRP",
     "ExplainedModel",
     "Explainer",
@@ -44,6 +49,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "KernelSHAP",
+    "MaskCLIP",
     "Occlusion",
     "RandomMap",
     "SelfExplaining",

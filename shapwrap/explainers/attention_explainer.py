@@ -13,11 +13,12 @@ from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import ArgumentError, ShapwrapError
 from shapwrap.explainers.attention_pass import AttentionPass, attention_pass
 from shapwrap.explainers.base import Attribution, Explainer
-from shapwrap.explainers.explained_model import Model
+from shapwrap.explainers.explained_model import ExplainedModel, Model
 from shapwrap.explainers.explicit_attention import Weights
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import undisturbed
 
+BLOCKS = ("all", "last")
 ANY_NUMBER = range(sys.maxsize)
 MOST_PREFIX_TOKENS = 16
 """More, where nothing tells their number, are taken for a sign that the patch grid is another."""
@@ -58,7 +59,7 @@ class AttentionExplainer(Explainer):
                 way, tokens without a residual stream, a head that reads no token.
             ArgumentError: The patch grid is not known, or `grid` is not that of the tokens.
         """
-        grid, prefix = self._layout(images)
+        grid, prefix = token_grid(self.model, images, self._given_grid, self.name)
         chunks = zip(images.split(self.chunk_size), target.split(self.chunk_size), strict=True)
         maps = []
         for part, classes in chunks:
@@ -71,26 +72,39 @@ class AttentionExplainer(Explainer):
     def map_of(self, seen: AttentionPass) -> Float[Tensor, "batch patches"]:
         """The method itself."""
 
-    def _layout(self, images: Images) -> tuple[Grid, Sequence[int]]:
-        """The patch grid, and how many tokens may come before the patches."""
-        try:
-            backbone = self.model.backbone
-        except ShapwrapError:
-            # Whoever passes the grid of a model of their own says how many patches there are.
-            return self.model.grid_of(images), ANY_NUMBER
-        if not isinstance(backbone, TokenBackbone):
-            few = range(MOST_PREFIX_TOKENS + 1)
-            return self.model.grid_of(images), few if self._given_grid is None else ANY_NUMBER
-        with undisturbed(backbone.model):
-            sequence = backbone.embed(images[:1].to(backbone.parameter))
-        if self._given_grid not in (None, sequence.grid):
-            raise ArgumentError(
-                f"grid is {self._given_grid}; the tokens of this model form {sequence.grid}, and "
-                f"{self.name} has one value a token. Leave grid out."
-            )
-        # A wrapped model may leave its prefix out of the sequence.
-        wrapped = [] if self.model.wrapped is None else [0]
-        return sequence.grid, [*wrapped, sequence.prefix.shape[1]]
+
+def token_grid(
+    model: ExplainedModel, images: Images, given: Grid | None, name: str
+) -> tuple[Grid, Sequence[int]]:
+    """The patch grid, and how many tokens may come before the patches.
+
+    Args:
+        model: The model.
+        images: Of the size that is asked for.
+        given: The grid that the user gave.
+        name: Of the method, for the error.
+
+    Raises:
+        ArgumentError: The patch grid is not known, or the given one is not that of the tokens.
+    """
+    try:
+        backbone = model.backbone
+    except ShapwrapError:
+        # Whoever passes the grid of a model of their own says how many patches there are.
+        return model.grid_of(images), ANY_NUMBER
+    if not isinstance(backbone, TokenBackbone):
+        few = range(MOST_PREFIX_TOKENS + 1)
+        return model.grid_of(images), few if given is None else ANY_NUMBER
+    with undisturbed(backbone.model):
+        sequence = backbone.embed(images[:1].to(backbone.parameter))
+    if given not in (None, sequence.grid):
+        raise ArgumentError(
+            f"grid is {given}; the tokens of this model form {sequence.grid}, and "
+            f"{name} has one value a token. Leave grid out."
+        )
+    # A wrapped model may leave its prefix out of the sequence.
+    wrapped = [] if model.wrapped is None else [0]
+    return sequence.grid, [*wrapped, sequence.prefix.shape[1]]
 
 
 def read_row(seen: AttentionPass, relevance: Relevance) -> Float[Tensor, "batch tokens"]:
@@ -106,3 +120,13 @@ def read_row(seen: AttentionPass, relevance: Relevance) -> Float[Tensor, "batch 
 def positive_relevance(weights: Weights, gradient: Weights) -> Float[Tensor, "batch queries keys"]:
     """Mean over heads of the positive part of weight times gradient."""
     return (weights * gradient).clamp(min=0).mean(dim=1)
+
+
+def check_blocks(blocks: str) -> None:
+    """Raise unless a method knows which blocks to follow attention through.
+
+    Raises:
+        ArgumentError: Neither "all" nor "last".
+    """
+    if blocks not in BLOCKS:
+        raise ArgumentError(f"blocks is {blocks!r}; expected one of {', '.join(BLOCKS)}.")

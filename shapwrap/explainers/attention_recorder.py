@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from shapwrap.explainers.explicit_attention import (
+    Attended,
     Projection,
     Values,
     Weights,
@@ -46,6 +47,8 @@ class AttentionLayer:
     values: Values
     projection: Projection | None = None
     """The first linear layer that read all heads."""
+    projected: Tensor | None = None
+    """What that layer gave, [B, T, D] or [T, B, D]."""
     scale: Tensor | None = None
     """What the output of that layer was multiplied by, one number a feature (layer scale)."""
     additions: list[Addition] = field(default_factory=list)
@@ -83,20 +86,22 @@ class AttentionRecorder(TorchFunctionMode):
         """Runs the function, or attention in its place, and looks at what came of it."""
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            attended = attend(*args, **kwargs)
+            attended = self.attend(*args, **kwargs)
             self._start(attended.weights, attended.values)
             return attended.output
         if func is functional.multi_head_attention_forward:
-            computed = multi_head(*args, **kwargs)
+            computed = multi_head(*args, **kwargs, through=self.attend)
             layer = self._start(computed.attended.weights, computed.attended.values)
             if layer is not None:
-                layer.projection = computed.projection
+                layer.projection, layer.projected = computed.projection, computed.output
                 self._remember(computed.output)
             return computed.output, computed.returned_weights
         output = func(*args, **kwargs)
-        if isinstance(output, Tensor):
-            self._look(func, args, kwargs, output)
-        return output
+        return self._look(func, args, kwargs, output) if isinstance(output, Tensor) else output
+
+    def attend(self, *args: Any, **kwargs: Any) -> Attended:
+        """Fused attention, written out."""
+        return attend(*args, **kwargs)
 
     def _start(self, weights: Weights, values: Values) -> AttentionLayer | None:
         if weights.shape[-2] != weights.shape[-1]:
@@ -112,27 +117,29 @@ class AttentionRecorder(TorchFunctionMode):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: Tensor,
-    ) -> None:
+    ) -> Tensor:
+        """The output of a function, after it was looked at."""
         if func in SOFTMAXES and output.ndim >= 3:
             self.softmaxes[id(output)] = self._sources[id(output)] = output
         elif func in DROPOUTS and args and id(args[0]) in self._sources:
             self._pass_dropout(args[0], output)
         elif func in MATRIX_PRODUCTS and id(args[0]) in self._sources:
-            self._attend_by_hand(args, output)
+            output = self._attend_by_hand(args, output)
         if not self.layers:
-            return
+            return output
         layer = self.layers[-1]
         if func is functional.linear and layer.projection is None and not layer.additions:
-            self._project(layer, *args, **kwargs)
+            self._project(layer, output, *args, **kwargs)
         if not layer.holds_tokens(output):
-            return
+            return output
         if func in IN_PLACE_ADDITIONS:
             layer.in_place = True
         elif func in PRODUCTS and layer.projection is not None and not layer.additions:
             self._scale(layer, args, output)
         elif func in ADDITIONS:
-            self._add(layer, args, output)
+            output = self._add(layer, args, output)
         self._remember(output)
+        return output
 
     def _pass_dropout(self, source: Tensor, output: Tensor) -> None:
         """Dropout in eval mode hands on what it gets."""
@@ -141,36 +148,43 @@ class AttentionRecorder(TorchFunctionMode):
             # Keeps the tensor alive: its id must not be given to another one.
             self.softmaxes[id(output)] = output
 
-    def _attend_by_hand(self, args: tuple[Any, ...], output: Tensor) -> None:
+    def _attend_by_hand(self, args: tuple[Any, ...], output: Tensor) -> Tensor:
         weights, values = self._sources[id(args[0])], args[1]
         if weights.ndim != 4 or values.ndim != 4:
-            return
+            return output
         for handed in (weights, args[0]):
             self.softmaxes.pop(id(handed), None)
             self._sources.pop(id(handed), None)
         self._start(weights, values)
+        return output
 
     def _project(
-        self, layer: AttentionLayer, given: Tensor, weight: Tensor, bias: Tensor | None = None
+        self,
+        layer: AttentionLayer,
+        output: Tensor,
+        given: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
     ) -> None:
         width = layer.values.shape[-3] * layer.values.shape[-1]
         if layer.holds_tokens(given) and given.shape[-1] == width:
-            layer.projection = Projection(weight, bias)
+            layer.projection, layer.projected = Projection(weight, bias), output
 
     def _scale(self, layer: AttentionLayer, args: tuple[Any, ...], output: Tensor) -> None:
         for factor in args[:2]:
             if isinstance(factor, Tensor) and factor.shape == output.shape[-1:]:
                 layer.scale = factor if layer.scale is None else layer.scale * factor
 
-    def _add(self, layer: AttentionLayer, args: tuple[Any, ...], output: Tensor) -> None:
+    def _add(self, layer: AttentionLayer, args: tuple[Any, ...], output: Tensor) -> Tensor:
         first, second = args[:2]
         if not isinstance(second, Tensor) or first.shape != second.shape:
-            return
+            return output
         # What is older is the shortcut; what attention gave rise to is the branch.
         shortcut, branch = sorted((first, second), key=self._age)
         known = self._age(shortcut) >= 0 if layer.additions else self._age(shortcut) < 0
         if known and self._age(branch) >= 0:
             layer.additions.append(Addition(shortcut, branch, output))
+        return output
 
     def _age(self, tensor: Tensor) -> int:
         """Place among the tensors made since the last attention; -1 if it is older."""

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from shapwrap._types import Grid
 from shapwrap.arguments import check_at_least
-from shapwrap.errors import UnsupportedBackboneError
-from shapwrap.explainers.attention_explainer import AttentionExplainer, read_row
+from shapwrap.errors import ArgumentError, UnsupportedBackboneError
+from shapwrap.explainers.attention_explainer import AttentionExplainer, check_blocks, read_row
 from shapwrap.explainers.attention_pass import AttentionPass
 from shapwrap.explainers.explained_model import Model
 
@@ -20,11 +20,14 @@ class AttentionRollout(AttentionExplainer):
     Args:
         model: A vision transformer of global attention, wrapped or plain, or a function.
         start_layer: First block of the product: 0 as in the paper; Chefer et al.'s scripts use 1.
+        blocks: "all", or "last": the last block alone, as in comparisons on CLIP that followed
+            Zhao et al. 2024.
         grid: Rows and columns of patches; by default those of the backbone.
         chunk_size: Images that go through the model at a time.
 
     Raises:
-        ArgumentError: A negative start layer, a chunk size below 1, or a grid that is none.
+        ArgumentError: A negative start layer, one beside `blocks="last"`, unknown blocks, a chunk
+            size below 1, or a grid that is none.
         BackboneTypeError: Neither a module nor a function.
 
     References:
@@ -38,12 +41,21 @@ class AttentionRollout(AttentionExplainer):
         model: Model,
         *,
         start_layer: int = 0,
+        blocks: str = "all",
         grid: Grid | None = None,
         chunk_size: int = 64,
     ):
         super().__init__(model, grid=grid, chunk_size=chunk_size)
         check_at_least("start_layer", start_layer, 0)
+        check_blocks(blocks)
+        if blocks == "last" and start_layer:
+            raise ArgumentError(
+                f"start_layer is {start_layer} and blocks is 'last'; expected one of the two."
+            )
         self.start_layer = start_layer
+        self.blocks = blocks
+        if blocks == "last":
+            self.name = "attention rollout (last block)"
 
     def map_of(self, seen: AttentionPass) -> Float[Tensor, "batch patches"]:
         """One row of the product, from the last block to the first."""
@@ -53,7 +65,8 @@ class AttentionRollout(AttentionExplainer):
                 "expected an earlier layer."
             )
         row = read_row(seen, lambda weights, _: weights.mean(dim=1))
-        for block in reversed(seen.blocks[self.start_layer :]):
+        first = -1 if self.blocks == "last" else self.start_layer
+        for block in reversed(seen.blocks[first:]):
             attention = block.weights.mean(dim=1)
             # Rows that see no token at all sum to zero before the identity is added.
             normalised = row / (1 + attention.sum(dim=2))

@@ -92,7 +92,7 @@ class Explainer(ABC):
             target=classes,
             grid=made.grid,
             image_size=(images.shape[-2], images.shape[-1]),
-            class_names=None if self.model.wrapped is None else self.model.wrapped.class_names,
+            class_names=self.model.class_names,
             normalization=self.model.normalization,
             covered=covered,
             method=self.name,

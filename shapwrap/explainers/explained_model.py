@@ -1,6 +1,6 @@
 """What the compared methods need to know about a model: its logits, its patches, its parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from shapwrap._types import Grid, Images, Logits
 from shapwrap.backbones.base import Backbone, Normalization
 from shapwrap.choosing import Request
+from shapwrap.clip.zero_shot import ZeroShotClassifier
 from shapwrap.errors import (
     ArgumentError,
     BackboneTypeError,
+    ReadoutError,
     ShapwrapError,
     UnsupportedBackboneError,
 )
@@ -32,7 +34,8 @@ class ExplainedModel:
     The parts of a module are found by the wrapper's own introspection, on first use; the model is
     not changed by it. Of a compiled module, or of one for several devices (DataParallel,
     DistributedDataParallel), the module inside is explained: recorded are functions as they run,
-    which compiled code does not call.
+    which compiled code does not call. Of a `ZeroShotClassifier`, the parts are those of its image
+    tower.
 
     Args:
         model: A module, a wrapped model or a function.
@@ -78,6 +81,17 @@ class ExplainedModel:
         return self.model if isinstance(self.model, ShapleyWrapper) else None
 
     @property
+    def zero_shot(self) -> ZeroShotClassifier | None:
+        """The image-text model with its texts, if it is one."""
+        return self.model if isinstance(self.model, ZeroShotClassifier) else None
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes, where the model tells."""
+        known = self.wrapped or self.zero_shot
+        return None if known is None else known.class_names
+
+    @property
     def module(self) -> nn.Module | None:
         """The model as a module, if it is one."""
         return self.model if isinstance(self.model, nn.Module) else None
@@ -96,7 +110,12 @@ class ExplainedModel:
             raise UnsupportedBackboneError(
                 "the model is a function, whose parts cannot be found; expected an nn.Module."
             )
-        return wrap(self.module, Request(), None)[0].backbone
+        device = next((p.device.type for p in self.module.parameters()), "cpu")
+        # What is claimed of the parts is proved in full precision.
+        with torch.autocast(device, enabled=False):
+            if self.zero_shot is not None:
+                return _backbone_of_tower(self.zero_shot.tower)
+            return wrap(self.module, Request(), None)[0].backbone
 
     def grid_of(self, images: Images) -> Grid:
         """Rows and columns of patches for images of this size.
@@ -167,6 +186,16 @@ class ExplainedModel:
         modules = [] if self.module is None else list(self.module.modules())
         with evaluation_mode(modules), torch.inference_mode(False):
             yield
+
+
+def _backbone_of_tower(tower: nn.Module) -> Backbone:
+    """The adapter of an image tower: one that knows its patches, where there is one."""
+    embedding = nn.Identity()
+    try:
+        return wrap(tower, Request(head=embedding, readout="cosine"), None)[0].backbone
+    except (ReadoutError, UnsupportedBackboneError):
+        # Its patches have no embedding of their own; the grid is known all the same.
+        return wrap(tower, Request(head=embedding), None)[0].backbone
 
 
 def _inside(model: Model) -> Model:

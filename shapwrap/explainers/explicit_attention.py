@@ -1,6 +1,7 @@
 """Attention written out, so that its weights can be kept and differentiated."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,12 @@ class Attended(NamedTuple):
     output: Tensor
     weights: Weights
     values: Values
+    scores: Weights
+    """What the softmax was taken of."""
+    query: Tensor | None
+    """[B, H, Q, D]; None where attention is written by hand in a way that hides it."""
+    key: Tensor | None
+    """[B, H, K, D]."""
 
 
 def attend(
@@ -85,7 +92,7 @@ def attend(
         if not weights.requires_grad and torch.is_grad_enabled():
             weights.requires_grad_()
         output = (weights @ value.to(dtype)).to(value.dtype)
-    return Attended(output, weights, value)
+    return Attended(output, weights, value, scores, query, key)
 
 
 class MultiHead(NamedTuple):
@@ -123,8 +130,12 @@ def multi_head(
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    *,
+    through: Callable[..., Attended] = attend,
 ) -> MultiHead:
     """The function behind `nn.MultiheadAttention`, under its own argument names.
+
+    What computes the heads is `through`: `attend`, or something in its place.
 
     Raises:
         UnsupportedBackboneError: Keys that are no tokens (`bias_k`, `add_zero_attn`, `static_k`),
@@ -151,7 +162,7 @@ def multi_head(
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask, queries)[:, None, None]
         mask = padding if mask is None else mask + padding
-    attended = attend(queries, keys, values, mask, dropout_p if training else 0.0)
+    attended = through(queries, keys, values, mask, dropout_p if training else 0.0)
     merged = rearrange(attended.output, "b h t d -> t b (h d)")
     returned = None
     if need_weights:
