@@ -8,12 +8,12 @@ Methods explain the plain model, each image with its first caption. Writes `tabl
 
 # %% What is asked for
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import open_clip
 import torch
+from results_flickr8k import draw, write
 from safetensors.torch import load_model
 from train_flickr8k import CONTEXT, make_clip, transform
 
@@ -77,6 +77,10 @@ class Subject:
             rows.append(explained.values.unflatten(1, explained.grid))
         return torch.cat(rows)
 
+    def explain_itself(self, images: torch.Tensor, texts: torch.Tensor) -> Explanation:
+        """A wrapped model's own explanation of matching pairs."""
+        return self.clip.explain(images, self.texts[texts])
+
     def faithfulness(self, maps: torch.Tensor) -> dict[str, float]:
         """Insertion and deletion, T2I and I2T, R@1 and R@5."""
         of_text = self.data.image_of_text
@@ -86,54 +90,30 @@ class Subject:
         ).mean()
 
 
-def table(rows: dict[str, dict[str, float]], columns: list[str]) -> str:
-    """Markdown."""
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(f'{row[c]:.3f}' for c in columns)} |")
-    return "\n".join(lines) + "\n"
-
-
 # %% The tables
 def main() -> None:
     """Measure; write tables as they grow."""
     options = parser.parse_args()
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
-    recalls, curves, scores = {}, {}, None
+    recalls, curves, maps = {}, {}, {}
     for run in ("plain", *WRAPPED):
         subject = Subject(run, options, tokenizer)
         scores = retrieval(subject.images, subject.texts, subject.data.image_of_text)
         recalls.setdefault("chance", dict(scores.chance))
         recalls[run] = scores.mean()
         if subject.clip is not None:
-            maps = subject.explain(partial(explain_pairs, subject), options.batch_size)
-            curves[WRAPPED[run]] = subject.faithfulness(maps)
+            methods = {WRAPPED[run]: subject.explain_itself}
         else:
-            zero_shot = ZeroShotClassifier(subject.model, subject.texts, tokenizer=tokenizer)
-            for name, build in METHODS.items():
-                curves[name] = subject.faithfulness(
-                    subject.explain(build(zero_shot), options.batch_size)
-                )
-                print(name, curves[name], flush=True)
+            plain = ZeroShotClassifier(subject.model, subject.texts, tokenizer=tokenizer)
+            methods = {name: build(plain) for name, build in METHODS.items()}
+        for name, method in methods.items():
+            maps[name] = subject.explain(method, options.batch_size)
+            curves[name] = subject.faithfulness(maps[name])
+            print(name, curves[name], flush=True)
         write(options.runs, recalls, curves, options)
-
-
-def explain_pairs(subject: Subject, images: torch.Tensor, texts: torch.Tensor) -> Explanation:
-    """The wrapped model's own explanation of matching pairs."""
-    return subject.clip.explain(images, subject.texts[texts])
-
-
-def write(folder: Path, recalls: dict, curves: dict, options: argparse.Namespace) -> None:
-    """JSON and Markdown."""
-    recall_columns = list(next(iter(recalls.values())))
-    parts = [table(recalls, recall_columns)]
-    for kind in ("insertion", "deletion"):
-        columns = [name for name in next(iter(curves.values())) if name.startswith(kind)]
-        parts.append(table(curves, columns))
-    (folder / "tables.md").write_text("\n".join(parts))
-    found = {"retrieval": recalls, "curves": curves, "options": str(options)}
-    found["torch"] = str(torch.__version__)
-    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    first = subject.captions[:4]
+    texts = [subject.data.captions[text] for text in first]
+    draw(options.runs, subject.pictures[subject.data.image_of_text[first]], texts, maps)
 
 
 if __name__ == "__main__":
