@@ -92,7 +92,9 @@ def _draw(comparison: Comparison, data: ComparisonData, store: Store) -> None:
     """Figures of every model that has maps, and of all of them together where there are several."""
     metrics = [metric.name for metric in comparison.config.metrics]
     count = min(comparison.config.figures.images, len(data))
-    shown = next(iter(data.batches(count, count))) if count else None
+    # Data often comes class by class.
+    places = [number * len(data) // count for number in range(count)]
+    shown = data.picked(places) if count else None
     explained = [row for row in comparison.rows if row.status == "finished"]
     groups = {row.model: [r for r in explained if r.model == row.model] for row in explained}
     if len(groups) > 1:
@@ -106,7 +108,7 @@ def _draw(comparison: Comparison, data: ComparisonData, store: Store) -> None:
         if shown is not None:
             names = [_class_name(int(index), data.class_names) for index in shown.label]
             strips = [
-                _strip(row, store, count, data.class_names, several_models=not model)
+                _strip(row, store, places, data.class_names, several_models=not model)
                 for row in rows
             ]
             figure = map_grid(shown.image, names, strips)
@@ -114,10 +116,10 @@ def _draw(comparison: Comparison, data: ComparisonData, store: Store) -> None:
 
 
 def _strip(
-    row: MethodRow, store: Store, count: int, class_names: list[str], *, several_models: bool
+    row: MethodRow, store: Store, places: list[int], class_names: list[str], *, several_models: bool
 ) -> Strip:
-    """Maps of the first images."""
-    said = rows_of(restore(store.tensors("maps", row.model, row.method), row.facts), 0, count)
+    """Maps of the images at these places."""
+    said = rows_of(restore(store.tensors("maps", row.model, row.method), row.facts), places)
     title = f"{row.method}\n{row.model}" if several_models else row.method
     classes = [_class_name(int(index), class_names) for index in said.target]
     return Strip.of(title, said.heatmap(), classes)

@@ -64,6 +64,10 @@ class ComparisonData:
             images = Subset(images, range(limit))
         return self._read(images, size)
 
+    def picked(self, places: list[int]) -> Sample:
+        """Some of the images to explain, as one batch."""
+        return next(iter(self._read(Subset(self.evaluation, places), len(places))))
+
     def test_batches(self, size: int) -> Iterator[Sample]:
         """The images that accuracy is measured on."""
         return self._read(self.evaluation if self.tested is None else self.tested, size)

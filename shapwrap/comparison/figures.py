@@ -168,7 +168,9 @@ def curve_figure(
         across, up = CURVES.get(name, ("share of cells", name))
         axes.set_xlabel(across, fontsize=8)
         axes.set_ylabel(up, fontsize=8)
-        axes.set_title(PANELS.get(name, name.replace("_", " ")), fontsize=9)
+        title = PANELS.get(name, name.replace("_", " "))
+        alike = sum(1 for _, other in names if other == name) > 1
+        axes.set_title(f"{title}\n{metric}" if alike else title, fontsize=9)
         axes.tick_params(labelsize=7)
     handles = {
         label: handle

@@ -86,9 +86,8 @@ def restore(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
     )
 
 
-def rows_of(explanation: Explanation, start: int, stop: int) -> Explanation:
-    """The explanation of some images in a row."""
-    rows = slice(start, stop)
+def rows_of(explanation: Explanation, rows: slice | list[int]) -> Explanation:
+    """The explanation of some of its images."""
     pixels, total = explanation.pixels, explanation.total
     return replace(
         explanation,

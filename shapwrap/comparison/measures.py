@@ -54,7 +54,7 @@ class Subject:
         start = 0
         for sample in self.data.batches(self.batch_size, self.metric.images):
             stop = start + len(sample.image)
-            said = rows_of(self.explanation, start, stop)
+            said = rows_of(self.explanation, slice(start, stop))
             yield Batch(sample.image.to(self.device), sample.label, sample.mask, said)
             start = stop
 

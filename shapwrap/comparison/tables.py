@@ -185,25 +185,35 @@ def _footnotes(comparison: Comparison) -> str:
         f"{comparison.config.seed}. Device: {run['device']}. {versions}. {run['date']}.",
         f"\n```bash\n{run['command']}\n```",
     ]
-    absent = [
-        f"- {row.model}, {row.method}: {row.status}: {_one_line(row.reason)}"
-        for row in comparison.rows
-        if row.status != "finished"
-    ]
-    absent += [
-        f"- {row.model}, {row.method}, {name}: {outcome.status}: {_one_line(outcome.reason)}"
-        for row in comparison.rows
-        for name, outcome in row.metrics.items()
-        if outcome.status != "finished"
-    ]
-    absent += [
-        f"- {row.model}: failed: {_one_line(row.reason)}"
-        for row in comparison.models
-        if row.status != "finished"
-    ]
+    absent = _without_result(comparison)
     if absent:
         lines.append("\nWithout a result:\n\n" + "\n".join(absent))
     return "\n".join(lines)
+
+
+def _without_result(comparison: Comparison) -> list[str]:
+    """What is absent and why, one line for all that is absent for one reason."""
+    named: dict[str, dict[str, list[str]]] = {}
+
+    def note(model: str, parts: list[str], status: str, reason: str) -> None:
+        why = f"{', '.join(parts[1:])}: {status}: {_one_line(reason)}".removeprefix(": ")
+        named.setdefault(why, {}).setdefault(model, []).extend(parts[:1])
+
+    for row in comparison.rows:
+        if row.status != "finished":
+            note(row.model, [row.method], row.status, row.reason)
+        for name, outcome in row.metrics.items():
+            if outcome.status != "finished":
+                note(row.model, [row.method, name], outcome.status, outcome.reason)
+    for row in comparison.models:
+        if row.status != "finished":
+            note(row.model, [], "failed", row.reason)
+    return [
+        "- "
+        + "; ".join(", ".join([model, *methods]) for model, methods in models.items())
+        + f": {why}"
+        for why, models in named.items()
+    ]
 
 
 def _one_line(text: str) -> str:

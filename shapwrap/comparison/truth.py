@@ -22,7 +22,7 @@ def shapley_truth(subject: Subject) -> Measured:
         UnsupportedBackboneError: The model is not wrapped, and plays no game of its own.
     """
     truth = _truth_of_the_model(subject)
-    said = rows_of(subject.explanation, 0, len(truth.values))
+    said = rows_of(subject.explanation, slice(len(truth.values)))
     players = tuple(truth.players)
     if any(patches % blocks for patches, blocks in zip(said.grid, players, strict=True)):
         raise UnsupportedBackboneError(
