@@ -487,8 +487,8 @@ def test_not_applicable_and_failed(tmp_path, monkeypatch):
     assert all("RuntimeError: out of memory" in failure for failure in done.failures())
     assert sum("failed" in note for note in notes) == 2
     tables = (tmp_path / "tables.md").read_text()
-    assert "- CNN, refusing: not applicable: no attention here | sorry" in tables
-    assert "- Ours, counting: failed: RuntimeError: out of memory" in tables
+    assert "- CNN, refusing; Ours, refusing: not applicable: no attention here | sorry" in tables
+    assert "- CNN, counting; Ours, counting: failed: RuntimeError: out of memory" in tables
     piece = json.loads((tmp_path / "maps" / "cnn" / "counting.json").read_text())
     assert "in attribute" in piece["protocol"]["traceback"]
 
