@@ -70,7 +70,7 @@ def validate_contrastive(
     means = torch.cat(rows).mean(dim=0).tolist()
     names = ("contrastive_loss", "image_to_text_r1", "text_to_image_r1")
     names += ("residual", "trivial_residual")
-    metrics = dict(zip(names, means, strict=False))
+    metrics: dict[str, float] = dict(zip(names, means, strict=False))
     if clip is not None:
         residual, trivial = metrics["residual"], metrics["trivial_residual"]
         metrics["skill"] = 1 - residual / trivial if trivial > 0 else math.nan
