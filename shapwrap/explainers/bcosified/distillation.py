@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Images
-from shapwrap.errors import ImageError, ImageTypeError
 from shapwrap.explainers.bcosified.config import BcosifiedConfig
 from shapwrap.explainers.bcosified.dynamic import set_b
 from shapwrap.explainers.bcosified.losses import cosine_loss, cosines, siglip_loss
 from shapwrap.explainers.bcosified.tower import BcosifiedTower
-from shapwrap.explainers.trained.data import images_of
+from shapwrap.explainers.trained.data import images_like, images_of
 from shapwrap.explainers.trained.surrogate import precision_of
 from shapwrap.training import engine
 from shapwrap.training.checkpoint import checkpoints
@@ -47,23 +46,11 @@ class Distillation(Loop):
     ):
         super().__init__(student, data, config=config.distillation)
         self._teacher = _on(self.accelerator.device, teacher)
-        self._shape = like.shape[1:]
-        self._dtype = like.dtype
+        self._like = like[:0]
         self._method = config
 
     def _unpack(self, batch: Any) -> Tensor:
-        images = images_of(self._moved(batch))
-        if not images.is_floating_point():
-            raise ImageTypeError(
-                f"training images are {images.dtype}; expected floating point, normalised as the "
-                "model was trained."
-            )
-        if images.shape[1:] != self._shape:
-            raise ImageError(
-                f"training images have shape {tuple(images.shape)}, those of the first batch "
-                f"{tuple(self._shape)} each; expected one size. Resize them."
-            )
-        return images.to(self._dtype)
+        return images_like(self._like, images_of(self._moved(batch)))
 
     def _terms(self, batch: Images, position: Position) -> dict[str, Tensor]:
         method = self._method

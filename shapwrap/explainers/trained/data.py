@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shapwrap.errors import TrainingError
+from shapwrap.errors import ImageError, ImageTypeError, TrainingError
 from shapwrap.training.position import loader_generators
 from shapwrap.training.random_stream import global_states_kept
 
@@ -24,6 +24,26 @@ def images_of(batch: Any) -> Tensor:
             "(images, labels)."
         )
     return images
+
+
+def images_like(first: Tensor, images: Tensor) -> Tensor:
+    """The images in the precision of the first batch.
+
+    Raises:
+        ImageTypeError: They are not floating point.
+        ImageError: They are of another size.
+    """
+    if not images.is_floating_point():
+        raise ImageTypeError(
+            f"training images are {images.dtype}; expected floating point, normalised as the "
+            "model was trained."
+        )
+    if images.shape[1:] != first.shape[1:]:
+        raise ImageError(
+            f"training images have shape {tuple(images.shape)}, those of the first batch "
+            f"{tuple(first.shape[1:])} each; expected one size. Resize them."
+        )
+    return images.to(first.dtype)
 
 
 def first_images(data: Iterable[Any]) -> Tensor:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Images
-from shapwrap.errors import ImageError, ImageTypeError
 from shapwrap.explainers.trained.config import TrainedConfig
-from shapwrap.explainers.trained.data import images_of
+from shapwrap.explainers.trained.data import images_like, images_of
 from shapwrap.explainers.trained.links import linked
 from shapwrap.explainers.trained.masks import sample_kernel, sample_uniform_sizes
 from shapwrap.explainers.trained.objectives import explainer_losses, surrogate_loss
@@ -33,23 +32,11 @@ class _MaskedImages(Loop):
         stage: LoopConfig,
     ):
         super().__init__(module, data, config=stage)
-        self._shape = like.shape[1:]
-        self._dtype = like.dtype
+        self._like = like[:0]
         self._method = config
 
     def _unpack(self, batch: Any) -> Tensor:
-        images = images_of(self._moved(batch))
-        if not images.is_floating_point():
-            raise ImageTypeError(
-                f"training images are {images.dtype}; expected floating point, normalised as the "
-                "model was trained."
-            )
-        if images.shape[1:] != self._shape:
-            raise ImageError(
-                f"training images have shape {tuple(images.shape)}, those of the first batch "
-                f"{tuple(self._shape)} each; expected one size. Resize them."
-            )
-        return images.to(self._dtype)
+        return images_like(self._like, images_of(self._moved(batch)))
 
 
 class SurrogateStage(_MaskedImages):
