@@ -88,6 +88,23 @@ def test_known_answers():
     assert retrieval(eye[:1], eye[:1], [0]).mean()["t2i_r@1"] == 1.0
 
 
+@pytest.mark.parametrize("num, width", [(7, 5), (50, 64), (301, 513)])
+def test_ties_are_ties_however_products_are_rounded(num, width):
+    draw = torch.Generator().manual_seed(0)
+    texts, one = torch.randn(5 * num, width, generator=draw), torch.randn(width, generator=draw)
+    owners = torch.arange(num).repeat(5)
+    images = one.repeat(num, 1)
+    assert set(retrieval(images, texts, owners).places["t2i"].tolist()) == {num}
+    scores = retrieval(texts[:num], one.repeat(5 * num, 1), owners)
+    assert set(scores.places["i2t"].tolist()) == {5 * num - 4}
+    labels = torch.arange(num)
+    assert zero_shot(lambda x: x, [(texts[:num], labels)], images.T).mean()["top1"] == 0
+    # What differs by more is no tie.
+    near = torch.eye(width)[:2] * torch.tensor([[1.0], [0.99995]])
+    near[1] = near[1].roll(-1)
+    assert retrieval(near, near[:1].repeat(2, 1), [0, 1]).places["t2i"].tolist() == [1, 2]
+
+
 def test_nothing_is_normalised():
     images, texts, owners = make_gallery()
     longer = images * torch.tensor([9.0, 1, 1, 1, 1, 1, 1])[:, None]
