@@ -110,6 +110,18 @@ def test_text_features_in_half_precision():
     assert {term.dtype for term in terms.values()} == {torch.float32}
 
 
+def test_a_plain_model_in_half_precision():
+    """Its loss is computed as that of a wrapped one, or the two would not compare."""
+    output = output_of(num=6, texts=6, width=32)
+    half = [tensor.bfloat16() for tensor in output[:3]]
+    terms = ContrastiveObjective(ContrastiveConfig())(tuple(half), 1.0)
+    assert terms["loss"].dtype == torch.float32
+    rounded = output._replace(
+        image_features=half[0].float(), text_features=half[1].float(), logit_scale=half[2].float()
+    )
+    assert float(terms["loss"]) == pytest.approx(slow_clip(rounded), rel=1e-5)
+
+
 def test_history_and_gradient_of_a_step():
     """One step by hand: the same coalitions, loss and AdamW."""
     clip = wrapped("vit-token")
