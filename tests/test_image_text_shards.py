@@ -361,6 +361,7 @@ def test_captions():
         ({"json": single}, ["three"]),
         ({"json": b"[1]", "txt": "fünf".encode()}, ["fünf"]),
         ({"json": b'{"captions": []}'}, []),
+        ({"json": b"[" * 100_000, "txt": b"six"}, ["six"]),
         ({}, []),
     ):
         assert captions_of(StoredSample("k", fields)) == expected
@@ -401,6 +402,9 @@ def test_sizes_beside_the_shards(tmp_path):
     assert ImageTextShards(pattern, pixels, batch_size=1).num_samples == 8
     sizes.write_text(json.dumps({"part-001.tar": 3}))
     assert ImageTextShards(pattern, pixels, batch_size=1).num_samples == 8
+    sizes.write_text(json.dumps({"part-001.tar": -3}))
+    with pytest.raises(ArgumentError, match="sizes has -3 for 'part-001"):
+        ImageTextShards(pattern, pixels, batch_size=1)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"part-000.tar": 2, "part-001.tar": 3}))
     assert ImageTextShards(pattern, pixels, batch_size=1, sizes=str(other)).num_samples == 5
@@ -509,5 +513,21 @@ def test_all_captions_of_all_images(tmp_path):
         assert texts == ["text 0", "other 0", "text 1", "text 4", "other 4"]
         found = [part.image_of_text.tolist() for part in parts]
         assert found == ([[0, 0, 1, 2, 2]] if batch_size is None else [[0, 0, 1], [0, 0]])
+    begun = captioned_images(f"{tmp_path}/*.tar", red, batch_size=2)
+    next(begun), next(begun)
+    with pytest.warns(SkippedSampleWarning, match="2 samples were skipped: "):
+        begun.close()
+
+
+def test_captioned_images_that_cannot_be_had(tmp_path):
+    """What is wrong with the arguments is said at once, the rest with the sample it is of."""
+    path = str(write_shard(tmp_path / "a.tar", [sample(1), sample(2, png=picture(2, size=(9, 9)))]))
     with pytest.raises(ArgumentError, match="batch_size"):
-        next(captioned_images(tmp_path / "a.tar", red, batch_size=0))
+        captioned_images(path, pixels, batch_size=0)
+    with pytest.raises(ArgumentError, match="no file matches"):
+        captioned_images(str(tmp_path / "none-*.tar"), pixels)
+    with pytest.raises(ArgumentError, match="expected one shape"):
+        next(captioned_images(path, pixels))
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(captioned_images(path, lambda image: 1 / 0))
+    assert caught.value.__notes__ == ["while transforming sample '000001'"]

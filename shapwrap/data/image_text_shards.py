@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from shapwrap.arguments import check_at_least
 from shapwrap.clip.texts import Tokenizer
-from shapwrap.data.image_text_sample import Captions, Transform, decode
+from shapwrap.data.image_text_sample import Captions, Transform, decode, stacked
 from shapwrap.data.shard_files import Shards, base_name, expand_shards, shard_sizes, total_of
 from shapwrap.data.shard_plan import ShardPlan, Span
 from shapwrap.data.shard_reader import StoredSample, read_span, shuffled
@@ -305,13 +305,7 @@ class _WorkerStream(IterableDataset[_Given]):
         return decode(sample, shards._transform, shards._captions, seed)
 
     def _collated(self, pairs: list[_Pair]) -> tuple[Tensor, Any]:
-        shapes = {tuple(pair.image.shape) for pair in pairs}
-        if len(shapes) > 1:
-            raise ArgumentError(
-                f"the transform made images of shapes {sorted(shapes)}; expected one shape: let it "
-                "resize and crop."
-            )
         captions = [pair.caption for pair in pairs]
         tokenizer = self._shards._tokenizer
-        images = torch.stack([pair.image for pair in pairs])
+        images = stacked([pair.image for pair in pairs])
         return images, tokenizer(captions) if tokenizer else captions
