@@ -247,6 +247,13 @@ def test_what_cannot_be_collected():
         Retrieval().update(*batch(0, 3), image_ids=[1, -1, 2])
     with pytest.raises(ArgumentError, match="ks is"):
         Retrieval(ks=[])
+    with pytest.raises(ArgumentError, match="chunk_size is 0"):
+        Retrieval(chunk_size=0)
+    metric = Retrieval()
+    metric.update(*batch(0, 3))
+    images, texts, owners = batch(3, 5)
+    with pytest.raises(ArgumentError, match="5 dimensions before, and 4 now"):
+        metric.update(images[:, :4], texts[:, :4], owners)
 
 
 SCRIPT = """
@@ -370,6 +377,10 @@ class _Broken(torch.nn.Module):
     "change, error, words",
     [
         (lambda e, b, w: (e, [], w), ArgumentError, "batches held none"),
+        (lambda e, b, w: (e, iter([b[0][0]]), w), ArgumentError, "a batch is Tensor; expected a pair"),
+        (lambda e, b, w: (e, iter([(*b[0], 1)]), w), ArgumentError, "a batch is tuple; expected a pair"),
+        (lambda e, b, w: (e, iter([([1], b[0][1])]), w), ArgumentError, "the images of a batch are list"),
+        (lambda e, b, w: (e, iter([(b[0][0][:0], b[0][1][:0])]), w), ArgumentError, "are empty"),
         (lambda e, b, w: (e, b, w[0]), ArgumentError, "weights have shape"),
         (lambda e, b, w: (e, b, w[:3]), ArgumentError, r"expected embeddings \[4, 3\]"),
         (lambda e, b, w: (_Broken(), b, w), ArgumentError, "expected one with encode_image"),

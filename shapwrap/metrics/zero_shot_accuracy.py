@@ -40,7 +40,8 @@ def zero_shot(
         ks: Which k; one that is at least K always hits.
 
     Raises:
-        ArgumentError: Weights that are not [E, K], or of another E; no batch; or a bad k.
+        ArgumentError: Weights that are not [E, K], or of another E; no batch, or one that is no
+            pair; or a bad k.
         TargetError: Labels that are not one class an image.
         ShapwrapError: Embeddings that are not finite, and what the model says of the images.
     """
@@ -53,7 +54,8 @@ def zero_shot(
         )
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     places: list[Tensor] = []
-    for images, labels in batches:
+    for batch in batches:
+        images, labels = _checked_batch(batch)
         with evaluation_mode(modules):
             features = encode(images.to(classes.device))
         places.append(_places(features, labels, classes, len(images)))
@@ -71,6 +73,18 @@ def zero_shot(
         {f"top{k}": (place <= k).float() for k in wanted},
         protocol=Protocol.of("zero-shot classification", settings),
     )
+
+
+def _checked_batch(batch: object) -> tuple[Tensor, object]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ArgumentError(
+            f"a batch is {type(batch).__name__}; expected a pair of images and labels."
+        )
+    images, labels = batch
+    if not isinstance(images, Tensor) or not len(images):
+        came = "empty" if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError(f"the images of a batch are {came}; expected a tensor [B >= 1, ...].")
+    return images, labels
 
 
 def _places(features: object, labels: object, classes: Tensor, num_images: int) -> Tensor:
