@@ -377,9 +377,21 @@ class _Broken(torch.nn.Module):
     "change, error, words",
     [
         (lambda e, b, w: (e, [], w), ArgumentError, "batches held none"),
-        (lambda e, b, w: (e, iter([b[0][0]]), w), ArgumentError, "a batch is Tensor; expected a pair"),
-        (lambda e, b, w: (e, iter([(*b[0], 1)]), w), ArgumentError, "a batch is tuple; expected a pair"),
-        (lambda e, b, w: (e, iter([([1], b[0][1])]), w), ArgumentError, "the images of a batch are list"),
+        (
+            lambda e, b, w: (e, iter([b[0][0]]), w),
+            ArgumentError,
+            "a batch is Tensor; expected a pair",
+        ),
+        (
+            lambda e, b, w: (e, iter([(*b[0], 1)]), w),
+            ArgumentError,
+            "a batch is tuple; expected a pair",
+        ),
+        (
+            lambda e, b, w: (e, iter([([1], b[0][1])]), w),
+            ArgumentError,
+            "the images of a batch are list",
+        ),
         (lambda e, b, w: (e, iter([(b[0][0][:0], b[0][1][:0])]), w), ArgumentError, "are empty"),
         (lambda e, b, w: (e, b, w[0]), ArgumentError, "weights have shape"),
         (lambda e, b, w: (e, b, w[:3]), ArgumentError, r"expected embeddings \[4, 3\]"),
