@@ -1,7 +1,6 @@
 """Image-text models: similarities are sums over patches, and open_clip's code runs unchanged."""
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -29,6 +28,7 @@ from tests.clip_models import (  # noqa: E402
     clip_model,
     coalitions_of,
     images_of,
+    known_to_open_clip,
     tokenizer,
     tokens,
 )
@@ -365,17 +365,13 @@ def test_the_class_is_public():
 
 
 def test_pretrained_weights_from_a_file(tmp_path):
-    vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 1, "head_width": 8}
-    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}
-    (tmp_path / "shapwrap-tiny.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "shapwrap-tiny.json")
-    trained = open_clip.create_model("shapwrap-tiny")
+    name = known_to_open_clip(tmp_path)
+    trained = open_clip.create_model(name)
     with torch.no_grad():
         trained.visual.proj.normal_(generator=torch.Generator().manual_seed(0))
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     model, _, preprocess = open_clip.create_model_and_transforms(
-        "shapwrap-tiny", pretrained=str(tmp_path / "weights.pt")
+        name, pretrained=str(tmp_path / "weights.pt")
     )
     wrapped = ShapleyCLIP(model)
     assert torch.equal(wrapped.visual.proj, trained.visual.proj)

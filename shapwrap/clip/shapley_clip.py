@@ -340,7 +340,7 @@ class ShapleyCLIP(nn.Module):
             features = self.text_features(texts)
         scale, bias = self._scale_and_bias()
         visual: Any = self.tower.model
-        weight = (features * scale.detach()).to(next(visual.parameters()).dtype)
+        weight = features * scale.detach()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         head.weight = nn.Parameter(weight)
         if bias is not None:

@@ -280,7 +280,7 @@ class BcosifiedCLIP(Explainer):
 
     @torch.no_grad()
     def _check_size(self, original: nn.Module, images: Images) -> None:
-        if not runs(original, images.to(next(original.parameters()))):
+        if not runs(original, images.to(precision_of(original))):
             raise ImageError(
                 f"the original tower refuses images of {images.shape[-2]} x {images.shape[-1]} "
                 f"pixels; it was built for {self._explained.similarity.tower.image_size}. Resize "
