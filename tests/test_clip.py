@@ -255,8 +255,9 @@ def test_nothing_is_left_behind():
     wrapped.eval()
     assert not wrapped.tower.training and not model.visual.training
     assert wrapped.unwrap() is model
-    with pytest.raises(BackboneTypeError, match="unwrapped"):
-        wrapped.encode_image(torch.zeros(1, 3, 12, 16))
+    for use in (wrapped.encode_image, lambda _: wrapped.classifier(tokens(2))):
+        with pytest.raises(BackboneTypeError, match="unwrapped"):
+            use(torch.zeros(1, 3, 12, 16))
 
 
 def test_copies_and_pickles():
