@@ -1,4 +1,4 @@
-"""What users pass to an image-text model: texts in all forms, options, pixels; and what it costs."""
+"""What users pass to image-text models: texts in all forms, options, pixels; and what it costs."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError
 
 pytest.importorskip("open_clip")
 
-from tests.clip_models import clip_model, images_of, tokenizer, tokens  # noqa: E402
+from tests.clip_models import clip_model, images_of, tokenizer, tokens
 
 
 def make(**options):
