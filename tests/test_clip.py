@@ -40,7 +40,7 @@ KINDS = [kind for kind in TOWERS if kind not in WHOLE]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def patch_embeddings(wrapped, images, coalition=None):
+def patch_embeddings(wrapped, images):
     """Unit embeddings from the adapter's features, patch by patch: slow and obvious."""
     backbone = wrapped.tower._wrapping.backbone
     rows = []
