@@ -45,7 +45,7 @@ def embeddings_of(
         ArgumentError: Strings or token ids for a tower alone, or what `text_embeddings` says.
     """
     given: Any = model.model if isinstance(model, ZeroShotClassifier) else model
-    encode = given.encode_text if reads_texts(given) else _no_encoder
+    encode: Any = given.encode_text if reads_texts(given) else _no_encoder
     device = next(given.parameters()).device
     with torch.no_grad(), evaluation_mode(list(given.modules())):
         return text_embeddings(texts, encode, tokenizer, width, device)
