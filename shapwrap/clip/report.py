@@ -37,7 +37,7 @@ class ImageTextReport:
         rows = {
             "model": self.model,
             "text side": f"{self.text_params / 1e6:.2f} M parameters, unchanged",
-            "similarity": f"of noise and any text: at most {self.similarity_difference:.2g} off the "
+            "similarity": f"of noise, any text: at most {self.similarity_difference:.2g} off the "
             f"pretrained one (cosine of the embeddings {self.direction_cosine:.3f}, length "
             f"{self.length:.3f} instead of 1)",
         }
