@@ -52,4 +52,5 @@ def test_training_and_comparing(tmp_path):
     assert all(0 <= value <= 1 for row in found["curves"].values() for value in row.values())
     tables = (out / "tables.md").read_text()
     assert tables.count("| ECLIP |") == 2
-    assert (out / "maps.png").stat().st_size > 1000
+    for figure in ("maps.png", "maps-alone.png"):
+        assert (out / figure).stat().st_size > 1000

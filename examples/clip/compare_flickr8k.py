@@ -3,7 +3,7 @@ r"""Retrieval, insertion and deletion of the models of `train_flickr8k.py`, as i
     python examples/clip/compare_flickr8k.py --data ../shared/data/flickr8k-1k
 
 Methods explain the plain model, each image with its first caption. Writes `tables.md`,
-`results.json` and `maps.png`.
+`results.json`, `maps.png`, and `maps-alone.png` without the photographs, which may not be passed on.
 """
 
 # %% What is asked for
@@ -113,7 +113,9 @@ def main() -> None:
         write(options.runs, recalls, curves, options)
     first = subject.captions[:4]
     texts = [subject.data.captions[text] for text in first]
-    draw(options.runs, subject.pictures[subject.data.image_of_text[first]], texts, maps)
+    pictures = subject.pictures[subject.data.image_of_text[first]]
+    draw(options.runs / "maps.png", pictures, texts, maps)
+    draw(options.runs / "maps-alone.png", None, texts, maps)
 
 
 if __name__ == "__main__":

@@ -31,18 +31,26 @@ def write(folder: Path, recalls: dict, curves: dict, options: argparse.Namespace
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def draw(folder: Path, pictures: Tensor, texts: list[str], maps: dict[str, Tensor]) -> None:
-    """Images, and the maps of all methods: one colour scale a method, red for the text."""
-    num = len(pictures)
+def draw(file: Path, pictures: Tensor | None, texts: list[str], maps: dict[str, Tensor]) -> None:
+    """Images, and the maps of all methods: one colour scale a method, red for the text.
+
+    Without `pictures` there are captions and maps alone, for where photographs may not be shown.
+    """
+    num = len(texts)
     figure, axes = plt.subplots(num, len(maps) + 1, figsize=(1.6 * len(maps) + 1.6, 1.9 * num))
-    for row, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-        axes[row, 0].imshow(picture.permute(1, 2, 0))
-        axes[row, 0].set_xlabel("\n".join(wrap(text, 34)), fontsize=5, loc="left")
+    for row, text in enumerate(texts):
+        caption = "\n".join(wrap(text, 34))
+        if pictures is None:
+            axes[row, 0].text(0.02, 0.5, caption, fontsize=5, va="center")
+            axes[row, 0].axis("off")
+        else:
+            axes[row, 0].imshow(pictures[row].permute(1, 2, 0))
+            axes[row, 0].set_xlabel(caption, fontsize=5, loc="left")
         for axis, (name, values) in zip(axes[row, 1:], maps.items(), strict=True):
             limit = float(values[:num].abs().max())
             axis.imshow(values[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
             axis.set_title(name.strip("*") if row == 0 else "", fontsize=6)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(folder / "maps.png", dpi=120, bbox_inches="tight")
+    figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)
