@@ -3,7 +3,7 @@ r"""Retrieval, insertion and deletion of the models of `train_flickr8k.py`, as i
     python examples/clip/compare_flickr8k.py --data ../shared/data/flickr8k-1k
 
 Methods explain the plain model, each image with its first caption. Writes `tables.md`,
-`results.json`, `maps.png`, and `maps-alone.png` without the photographs, which may not be passed on.
+`results.json`, `maps.png`, and `maps-alone.png` without the photographs, which nobody may pass on.
 """
 
 # %% What is asked for
