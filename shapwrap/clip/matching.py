@@ -19,7 +19,7 @@ class Pairs(NamedTuple):
 
     images: Int[Tensor, " rows"]
     texts: Int[Tensor, " rows"]
-    all: bool
+    all: bool = False
     """Whether these are all images with all texts."""
 
 
