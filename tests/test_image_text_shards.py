@@ -422,11 +422,13 @@ def test_commands(tmp_path, processes):
 
 
 def test_a_command_that_fails_is_reported(tmp_path):
-    path = write_shards(tmp_path)[0]
-    command = f"pipe:cat {shlex.quote(path)}; exit 3"
-    stream = ImageTextShards(command, pixels, batch_size=7, sizes=14, drop_last=False)
+    """How much of its output is read before the failure is noticed is up to the system."""
+    path, _, good, _ = write_shards(tmp_path)
+    shards = [f"pipe:cat {shlex.quote(path)}; exit 3", good]
+    stream = ImageTextShards(shards, pixels, batch_size=17, sizes=17, drop_last=False)
     with pytest.warns(SkippedSampleWarning, match="cannot be read whole, .*exit 3"):
-        assert set(flat(epoch_of([stream]))) == set(range(7))
+        found = set(flat(epoch_of([stream])))
+    assert set(range(11, 20)) <= found <= {*range(7), *range(11, 20)}
 
 
 def test_only_the_total_is_known(tmp_path):

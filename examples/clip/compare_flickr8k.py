@@ -113,9 +113,7 @@ def main() -> None:
         write(options.runs, recalls, curves, options)
     first = subject.captions[:4]
     texts = [subject.data.captions[text] for text in first]
-    pictures = subject.pictures[subject.data.image_of_text[first]]
-    draw(options.runs / "maps.png", pictures, texts, maps)
-    draw(options.runs / "maps-alone.png", None, texts, maps)
+    draw(options.runs, subject.pictures[subject.data.image_of_text[first]], texts, maps)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,16 @@ def write(folder: Path, recalls: dict, curves: dict, options: argparse.Namespace
     (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def draw(file: Path, pictures: Tensor | None, texts: list[str], maps: dict[str, Tensor]) -> None:
-    """Images, and the maps of all methods: one colour scale a method, red for the text.
+def draw(folder: Path, pictures: Tensor, texts: list[str], maps: dict[str, Tensor]) -> None:
+    """With photographs, and captions with maps alone for where photographs may not be shown."""
+    draw_one(folder / "maps.png", pictures, texts, maps)
+    draw_one(folder / "maps-alone.png", None, texts, maps)
 
-    Without `pictures` there are captions and maps alone, for where photographs may not be shown.
-    """
+
+def draw_one(
+    file: Path, pictures: Tensor | None, texts: list[str], maps: dict[str, Tensor]
+) -> None:
+    """Images, and the maps of all methods: one colour scale a method, red for the text."""
     num = len(texts)
     figure, axes = plt.subplots(num, len(maps) + 1, figsize=(1.6 * len(maps) + 1.6, 1.9 * num))
     for row, text in enumerate(texts):
