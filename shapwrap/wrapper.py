@@ -171,9 +171,9 @@ class ShapleyWrapper(nn.Module):
         coalitions = coalitions.to(images.device, non_blocking=True)
         means = self._wrapping.masked_means(images, coalitions, paired)
         with without_autocast(images):
-            channels = head.draw_dropout(features, training=self.training)
-            logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
-            values = game.values_of(head, means, coalitions, channels)
+            drawn = game.draw(head, features, training=self.training)
+            logits, estimates = game.logits_and_estimates(head, features, coalitions, *drawn)
+            values = game.values_of(head, means, coalitions, *drawn)
         return ShapleyOutput(logits, values, estimates)
 
     def attribute(self, images: Tensor) -> PatchValues:
@@ -218,14 +218,14 @@ class ShapleyWrapper(nn.Module):
         check_coalitions(coalitions, images.shape[0], self.patches_of(images))
         if chunk_size is not None and chunk_size < 1:
             raise ArgumentError(f"chunk_size is {chunk_size}; expected at least 1.")
-        paired = are_complement_pairs(coalitions)
+        paired, head = are_complement_pairs(coalitions), self._wrapping.head
         step = chunk_size or coalitions.shape[1]
         step = max(2, step // 2 * 2) if paired else step
         parts = []
         for part in coalitions.to(images.device).split(step, dim=1):
             means = self._wrapping.masked_means(images, part, paired)
             with without_autocast(images):
-                parts.append(game.values_of(self._wrapping.head, means, part, None))
+                parts.append(game.values_of(head, means, part, None, game.baseline_of(head)))
         return torch.cat(parts, dim=1)
 
     # --- explanations -------------------------------------------------------------------------
@@ -378,9 +378,11 @@ class ShapleyWrapper(nn.Module):
         return self._wrapping.head.classifier.num_classes
 
     @property
-    def baseline(self) -> float:
-        """V of the empty coalition: 0, since an empty sum of patch values is."""
-        return 0.0
+    def baseline(self) -> float | Tensor:
+        """Logits of nobody, [K], where the head reads a class token; else 0, an empty sum."""
+        with evaluation_mode(self.modules()), torch.no_grad(), without_autocast(self._wrapping.backbone.parameter):
+            baseline = game.baseline_of(self._wrapping.head)
+        return 0.0 if baseline is None else baseline[0, 0]
 
     @property
     def class_names(self) -> list[str] | None:
