@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
-from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.image_text import reads_texts
 from shapwrap.backbones.stride_one import restore
 from shapwrap.choosing import Request
@@ -23,6 +22,7 @@ from shapwrap.coalitions.checks import (
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation, check_target
+from shapwrap.facts import Facts
 from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
@@ -33,7 +33,7 @@ from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapping import unused_parameters, wrap
 
 
-class ShapleyWrapper(nn.Module):
+class ShapleyWrapper(Facts, nn.Module):
     """A drop-in replacement of a model whose logits are sums of patch values.
 
     For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],
@@ -333,22 +333,7 @@ class ShapleyWrapper(nn.Module):
         games = PatchGames(self, image, self._wrapping.grid_of(image), players, chunk_size)
         return PatchGame(games, check_target(target, games.grand_values))
 
-    # --- facts --------------------------------------------------------------------------------
-
-    @property
-    def grid(self) -> Grid:
-        """Rows and columns of patches at the size that the model was wrapped for."""
-        return self._wrapping.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the model was wrapped for."""
-        return self._wrapping.image_size
-
-    @property
-    def num_patches(self) -> int:
-        """N, rows times columns."""
-        return self.grid[0] * self.grid[1]
+    # --- the model, as a model ----------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> Grid:
         """Rows and columns of patches of these images, whose size may be another.
@@ -371,30 +356,6 @@ class ShapleyWrapper(nn.Module):
         """Height and width in pixels over which the patches lie, from the upper left corner."""
         size = (images.shape[-2], images.shape[-1])
         return self._wrapping.backbone.covered(size, self.grid_of(images))
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self._wrapping.head.classifier.num_classes
-
-    @property
-    def baseline(self) -> float | Tensor:
-        """Logits of nobody, [K], where the head reads a class token; else 0, an empty sum."""
-        with evaluation_mode(self.modules()), torch.no_grad(), without_autocast(self._wrapping.backbone.parameter):
-            baseline = game.baseline_of(self._wrapping.head)
-        return 0.0 if baseline is None else baseline[0, 0]
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the K classes, given or told by the model."""
-        if self._class_names is not None or self.new_head is not None:
-            return self._class_names
-        return self._wrapping.backbone.class_names()
-
-    @property
-    def normalization(self) -> Normalization | None:
-        """Mean and standard deviation of the channels, where the model tells."""
-        return self._wrapping.backbone.normalization()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifier, for a learning rate of their own."""

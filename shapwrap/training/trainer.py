@@ -58,7 +58,7 @@ class Trainer(Loop):
             )
         self.config = config or TrainerConfig()
         self.wrapped = wrapped
-        self.objective = Objective(self.config, task_loss)
+        self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
         super().__init__(wrapped, train_data, config=self.config, accelerator=accelerator)
         self._val_data = None if val_data is None else self._prepare_data(val_data)
 

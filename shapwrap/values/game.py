@@ -20,7 +20,7 @@ from shapwrap._types import (
 )
 from shapwrap.masking.pooling import present_means
 from shapwrap.readout.head import Head
-
+from shapwrap.values.output import ShapleyOutput
 
 Channels = Float[Tensor, "batch 1 hidden"] | None
 """A draw of dropout for each image; None for none."""
@@ -126,9 +126,7 @@ def target_values(
     return gains / scores.shape[1]
 
 
-def spread_evenly(
-    total: Float[Tensor, "batch classes"], coalitions: Coalitions
-) -> CoalitionValues:
+def spread_evenly(total: Float[Tensor, "batch classes"], coalitions: Coalitions) -> CoalitionValues:
     """(|s| / N) v(1): what an explanation without any content would predict."""
     share_of_patches = coalitions.to(total.dtype).mean(dim=-1, keepdim=True)
     return total[:, None] * share_of_patches
@@ -144,3 +142,9 @@ def total_of_pairs(
 def squared_error(values: CoalitionValues, estimates: CoalitionValues) -> CoalitionValues:
     """(v(s) - s . phi)^2, in squared logits."""
     return functional.mse_loss(estimates, values, reduction="none")
+
+
+def masked_logits(output: ShapleyOutput) -> CoalitionValues:
+    """f(x_s) = v(s) + v(0), of complement pairs and a head that reads a class token."""
+    baseline = output.logits[:, None] - total_of_pairs(output.estimates)
+    return output.values + baseline.repeat_interleave(2, dim=1)
