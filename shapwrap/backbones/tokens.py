@@ -128,7 +128,7 @@ class TokenBackbone(Backbone):
         self.prefix_tokens = "keep"
         self.reads_class_token = True
 
-    def read_by_head(self, pooled: PooledFeatures) -> PooledFeatures:
+    def read_by_head(self, pooled: PooledFeatures) -> Float[Tensor, "items read"]:
         """The class token's half, where the head reads that."""
         return pooled.chunk(2, dim=-1)[1] if self.reads_class_token else pooled
 
