@@ -10,6 +10,7 @@ from torch import Tensor
 from shapwrap._types import CoalitionValues, Images
 from shapwrap.coalitions.sampling import Distribution, sample_coalitions
 from shapwrap.errors import ArgumentError
+from shapwrap.images import check_finite
 from shapwrap.values.game import spread_evenly, squared_error, total_of_pairs
 from shapwrap.values.output import ShapleyOutput
 
@@ -73,7 +74,9 @@ def audit(
 
     Raises:
         ArgumentError: An odd or non-positive number of coalitions, or a chunk below 2.
+        ImageError: Pixels that are not finite.
     """
+    check_finite(images)
     if num_coalitions < 2 or num_coalitions % 2:
         raise ArgumentError(
             f"num_coalitions is {num_coalitions}; expected an even number, at least 2."

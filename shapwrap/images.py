@@ -1,7 +1,7 @@
 """Checks of the images that a user passes in."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shapwrap.errors import ImageError, ImageTypeError
 
@@ -43,6 +43,18 @@ def check_images(images: Tensor, channels: int, like: Tensor) -> None:
             f"images lie on {images.device}, the model on {like.device}; "
             f"use images.to({str(like.device)!r})."
         )
+
+
+def first_weight(model: nn.Module) -> Tensor | None:
+    """A weight that tells where a model lies and in which precision it takes images; None without.
+
+    That of a layer, where there is one: models whose layers alone are in half precision keep norms
+    and tokens in float32.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    layer = next((m for m in model.modules() if isinstance(m, kinds)), model)
+    weights = (p for m in (layer, model) for p in m.parameters() if p.is_floating_point())
+    return next(weights, None)
 
 
 def check_finite(images: Tensor) -> None:

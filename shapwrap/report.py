@@ -154,6 +154,11 @@ def note_for(wrapping: Wrapping, *, new_head: bool) -> str:
         )
     if wrapping.max_logit_difference == 0.0 == wrapping.logit_scale:
         sentences.append("The head is all zero: train it before use.")
+    elif new_head and isinstance(wrapping.head.readout, CosineReadout):
+        sentences.append(
+            "Embeddings are compared with the rows of the head: embeddings of texts, or new ones "
+            "that must be trained before use."
+        )
     elif new_head:
         sentences.append("The head is new: train it before use.")
     elif is_exact(wrapping) and not sentences:

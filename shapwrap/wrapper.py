@@ -294,12 +294,12 @@ class ShapleyWrapper(Facts, nn.Module):
             ImageError: A shape or size that the model refuses, or pixels that are not finite.
             ArgumentError: An odd number of coalitions, or a chunk below 2.
         """
-        self._check(images, finite=True)
+        num_patches = self.patches_of(images)
         with evaluation_mode(self.modules()):
             return auditing.audit(
                 lambda images, coalitions: self(images, coalitions, paired=True),
                 images,
-                self.patches_of(images),
+                num_patches,
                 num_coalitions=num_coalitions,
                 distribution=distribution,
                 generator=generator,

@@ -73,7 +73,6 @@ def wrap(
     """
     check_request(request)
     _check_statistics(model)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     given = [request.head] if isinstance(request.head, nn.Module) else []
     with (
         undisturbed(model),
@@ -103,8 +102,8 @@ def wrap(
             why_not_removal=choice.why_not_removal,
         )
     for made in (choice.new_head, head.patch_layer):
-        if made is not None and dtype is not None:
-            made.to(dtype)
+        if made is not None:
+            made.to(backbone.parameter.dtype)
     return wrapping, choice.new_head
 
 

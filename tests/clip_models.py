@@ -1,5 +1,7 @@
 """Small image-text models: any tower of `tests.towers` beside a small encoder of texts."""
 
+import json
+
 import open_clip
 import torch
 from torch import nn
@@ -25,6 +27,16 @@ def clip_model(kind="vit-average", *, bias=None, **options):
         tower.proj = nn.Parameter(torch.randn(24, EMBEDDING, generator=generator))
     model.visual = tower
     return model.eval()
+
+
+def known_to_open_clip(folder):
+    """The name of a small model that `open_clip.create_model` builds afterwards."""
+    vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 2, "head_width": 8}
+    text = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 16, "heads": 2}
+    config = {"embed_dim": EMBEDDING, "vision_cfg": vision, "text_cfg": {**text, "layers": 1}}
+    (folder / "shapwrap-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "shapwrap-tiny.json")
+    return "shapwrap-tiny"
 
 
 def images_of(wrapped, num=2, seed=1):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shapwrap.backbones.base import Normalization
+from shapwrap.clip import ZeroShotClassifier
 from shapwrap.errors import (
     ArgumentError,
     BackboneTypeError,
@@ -120,6 +121,8 @@ def test_ramp_of_b():
         ({"loss": "l2"}, "loss is 'l2'"),
         ({"factor": "sine"}, "factor is 'sine'"),
         ({"logit_scale": 0.0}, "logit_scale is 0"),
+        ({"logit_scale": math.inf}, "logit_scale is inf"),
+        ({"logit_bias": math.nan}, "logit_bias nan"),
     ],
 )
 def test_wrong_settings(settings, words):
@@ -218,17 +221,25 @@ def test_texts_as_strings_token_ids_and_embeddings():
         again = BcosifiedCLIP(given, other).load_state_dict(explainer.state_dict())(batch)
         torch.testing.assert_close(again.values, found.values)
         assert again.class_names is None
+    classifier = ZeroShotClassifier(given, ["a cat", "two dogs"], tokenizer=tokenizer)
+    for other in (ids, classifier.text_embeddings):
+        again = BcosifiedCLIP(classifier, other).load_state_dict(explainer.state_dict())(batch)
+        torch.testing.assert_close(again.values, found.values)
 
 
 def test_half_precision_and_autocast():
     given = model()
     state = bcosify(given.visual).state_dict()
     batch = images(size=(32, 96)).half()
+    for reading in ("pooled", "attn_unpool", "attn_unpool_map"):
+        explainer = BcosifiedCLIP(given, tokens(), reading=reading).load_state_dict(state)
+        plain = explainer(batch.float(), 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = explainer(batch.float(), 1)
+        torch.testing.assert_close(again.values, plain.values, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again.logits, plain.logits, atol=1e-6, rtol=1e-5)
+        assert again.efficiency_gap().max() < 1e-5
     plain = BcosifiedCLIP(given, tokens()).load_state_dict(state)(batch.float(), 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = BcosifiedCLIP(given, tokens()).load_state_dict(state)(batch.float(), 1)
-    assert rounded.values.dtype == torch.float32
-    assert (rounded.total - plain.total).abs().max() < 0.02
     embeddings = given.encode_text(tokens()).detach()
     half = BcosifiedCLIP(given.visual.half(), embeddings)
     made = half.load_state_dict(bcosify(given.visual).state_dict())(batch, 1)
@@ -362,6 +373,7 @@ def test_wrong_models_and_texts():
         ({"reading": "grid"}, "reading is 'grid'"),
         ({"cosine_power": 2.0}, "one cosine an image"),
         ({"reading": "attn_unpool", "cosine_power": 0.5}, "cosine_power is 0.5"),
+        ({"reading": "attn_unpool", "cosine_power": math.inf}, "cosine_power is inf"),
         ({"channels": "rgb"}, "channels is 'rgb'"),
         ({"channels": "pixels"}, r"pass normalization=Normalization\(mean, std\)"),
         ({"reading": "attn_unpool_map", "grid": (2, 2)}, "expected neither"),

@@ -1,7 +1,6 @@
 """Image-text models: similarities are sums over patches, and open_clip's code runs unchanged."""
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -29,6 +28,7 @@ from tests.clip_models import (  # noqa: E402
     clip_model,
     coalitions_of,
     images_of,
+    known_to_open_clip,
     tokenizer,
     tokens,
 )
@@ -40,7 +40,7 @@ KINDS = [kind for kind in TOWERS if kind not in WHOLE]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def patch_embeddings(wrapped, images, coalition=None):
+def patch_embeddings(wrapped, images):
     """Unit embeddings from the adapter's features, patch by patch: slow and obvious."""
     backbone = wrapped.tower._wrapping.backbone
     rows = []
@@ -255,8 +255,9 @@ def test_nothing_is_left_behind():
     wrapped.eval()
     assert not wrapped.tower.training and not model.visual.training
     assert wrapped.unwrap() is model
-    with pytest.raises(BackboneTypeError, match="unwrapped"):
-        wrapped.encode_image(torch.zeros(1, 3, 12, 16))
+    for use in (wrapped.encode_image, lambda _: wrapped.classifier(tokens(2))):
+        with pytest.raises(BackboneTypeError, match="unwrapped"):
+            use(torch.zeros(1, 3, 12, 16))
 
 
 def test_copies_and_pickles():
@@ -365,17 +366,13 @@ def test_the_class_is_public():
 
 
 def test_pretrained_weights_from_a_file(tmp_path):
-    vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 1, "head_width": 8}
-    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": text}
-    (tmp_path / "shapwrap-tiny.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "shapwrap-tiny.json")
-    trained = open_clip.create_model("shapwrap-tiny")
+    name = known_to_open_clip(tmp_path)
+    trained = open_clip.create_model(name)
     with torch.no_grad():
         trained.visual.proj.normal_(generator=torch.Generator().manual_seed(0))
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     model, _, preprocess = open_clip.create_model_and_transforms(
-        "shapwrap-tiny", pretrained=str(tmp_path / "weights.pt")
+        name, pretrained=str(tmp_path / "weights.pt")
     )
     wrapped = ShapleyCLIP(model)
     assert torch.equal(wrapped.visual.proj, trained.visual.proj)

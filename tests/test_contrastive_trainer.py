@@ -12,15 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("open_clip")
 
-from shapwrap import ShapleyCLIP, ShapleyWrapper, Trainer
+from shapwrap import ShapleyCLIP, ShapleyWrapper, Trainer, TrainerConfig
 from shapwrap.clip import ContrastiveOutput
 from shapwrap.coalitions.sampling import sample_coalitions
 from shapwrap.errors import ArgumentError, BackboneTypeError, TrainingError
+from shapwrap.training.config import config_of_kind
 from shapwrap.training.contrastive import ContrastiveTrainer
 from shapwrap.training.contrastive_config import ContrastiveConfig
 from shapwrap.training.contrastive_objective import ContrastiveObjective
 from tests.clip_models import LENGTH, clip_model, images_of, tokenizer, tokens
-from tests.two_processes import needs_distributed, run_in_two_processes
 
 SETTINGS = {"learning_rate": 1e-2, "log_every": 1, "progress": False, "epochs": 2, "warmup": 0.0}
 
@@ -108,6 +108,18 @@ def test_text_features_in_half_precision():
     half = output._replace(text_features=output.text_features.bfloat16())
     terms = ContrastiveObjective(ContrastiveConfig())(half, 1.0)
     assert {term.dtype for term in terms.values()} == {torch.float32}
+
+
+def test_a_plain_model_in_half_precision():
+    """Its loss is computed as that of a wrapped one, or the two would not compare."""
+    output = output_of(num=6, texts=6, width=32)
+    half = [tensor.bfloat16() for tensor in output[:3]]
+    terms = ContrastiveObjective(ContrastiveConfig())(tuple(half), 1.0)
+    assert terms["loss"].dtype == torch.float32
+    rounded = output._replace(
+        image_features=half[0].float(), text_features=half[1].float(), logit_scale=half[2].float()
+    )
+    assert float(terms["loss"]) == pytest.approx(slow_clip(rounded), rel=1e-5)
 
 
 def test_history_and_gradient_of_a_step():
@@ -390,124 +402,6 @@ def test_resuming_a_stream_of_shards_is_exact(tmp_path, monkeypatch, workers, st
         other.fit(resume=True)
 
 
-# --- two processes ------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-from shapwrap import ShapleyCLIP, sample_coalitions
-from shapwrap.data import ImageTextShards
-from shapwrap.training.contrastive import ContrastiveTrainer
-from shapwrap.training.contrastive_config import ContrastiveConfig
-from shapwrap.training.contrastive_objective import ContrastiveObjective
-from tests.clip_models import clip_model, images_of, tokenizer, tokens
-from tests.shards import pixels
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-
-
-def model(**options):
-    torch.manual_seed(0)
-    return ShapleyCLIP(clip_model(**options))
-
-
-def everybodys(tensor):
-    both = [torch.zeros_like(tensor) for _ in range(2)]
-    dist.all_gather(both, tensor)
-    return both
-
-
-def check_losses(rank, loss, train_text):
-    clip = model(bias=-2.0)
-    if not train_text:
-        clip.model.text.requires_grad_(False)
-    config = ContrastiveConfig(loss=loss, shapley_weight=500.0, shapley_ramp=0.0)
-    images, texts = images_of(clip, 6), tokens(6)
-    draw = torch.Generator().manual_seed(0)
-    coalitions = sample_coalitions(6, clip.num_patches, generator=draw)
-    whole = ContrastiveObjective(config)(clip(images, texts, coalitions), 1.0)
-    whole["loss"].backward()
-    named = dict(clip.named_parameters())
-    expected = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
-    assert len(expected) > 10 and any("text" in n for n in expected) == train_text
-    parallel = DistributedDataParallel(clip)
-    objective = ContrastiveObjective(config, rank=rank, world_size=2)
-    own = slice(3 * rank, 3 * rank + 3)
-    for _ in range(2):
-        clip.zero_grad()
-        terms = objective(parallel(images[own], texts[own], coalitions[own]), 1.0)
-        terms["loss"].backward()
-    for name, term in terms.items():
-        mean = sum(everybodys(term.detach())) / 2
-        torch.testing.assert_close(mean, whole[name].detach(), atol=1e-6, rtol=1e-5)
-    for name, gradient in expected.items():
-        largest = float(gradient.abs().max())
-        found = named[name].grad
-        torch.testing.assert_close(found, gradient, atol=1e-5 * largest + 1e-7, rtol=1e-4)
-
-
-seen = []
-
-
-def transform(image):
-    seen.append(int(pixels(image)[0, 0, 0]))
-    return torch.nn.functional.interpolate(pixels(image)[None] / 255, (12, 16))[0]
-
-
-def run(resume=False):
-    stream = ImageTextShards(str(folder / "*.tar"), transform, tokenizer, batch_size=4)
-    config = ContrastiveConfig(
-        epochs=2, log_every=1, progress=False, checkpoint_every=1, output_dir=folder / "out",
-        keep_checkpoints=100,
-    )
-    trainer = ContrastiveTrainer(model(), stream, stream, config=config)
-    return trainer, trainer.fit(resume=resume)
-
-
-trainer, history = run()
-rank = dist.get_rank()
-# Two epochs of three batches of four a process, each followed by a validation on as many.
-assert [record["kind"] for record in history] == (["train"] * 3 + ["validation"]) * 2
-assert history[-1]["images"] == 24
-assert len(set(torch.cat(everybodys(torch.tensor(seen[:12]))).tolist())) == 24
-losses = torch.tensor([r["loss"] for r in history if r["kind"] == "train"])
-torch.testing.assert_close(*everybodys(losses))
-dist.barrier()
-if rank == 0:
-    for later in sorted((folder / "out").glob("step-*"))[4:]:
-        later.rename(folder / later.name)
-dist.barrier()
-resumed, again = run(resume=True)
-assert rank != 0 or again == history
-for one, other in zip(
-    trainer.clip.state_dict().values(), resumed.clip.state_dict().values(), strict=True
-):
-    assert torch.equal(one, other)
-    assert torch.equal(*everybodys(one.contiguous()))
-for loss in ("clip", "siglip"):
-    for train_text in (False, True):
-        check_losses(rank, loss, train_text)
-trainer.accelerator.end_training()
-print("fine")
-"""
-
-
-@needs_distributed
-def test_two_processes(tmp_path):
-    """Loss and gradients of one process with both batches; a stream that is split and resumed."""
-    pytest.importorskip("webdataset")
-    from tests.shards import write_shards
-
-    write_shards(tmp_path)
-    assert run_in_two_processes(SCRIPT, tmp_path, str(tmp_path)).count("fine") == 2
-
-
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -523,6 +417,10 @@ def test_refusals():
     for bad in ({"loss": "triplet"}, {"label_smoothing": 0.1}, {"num_coalitions": 3}):
         with pytest.raises(ArgumentError, match=next(iter(bad))):
             ContrastiveConfig(**bad)
+    assert config_of_kind(None, ContrastiveConfig) == ContrastiveConfig()
+    for other in (TrainerConfig(), {}):
+        with pytest.raises(ArgumentError, match=r"config is .*; expected ContrastiveConfig"):
+            config_of_kind(other, ContrastiveConfig)
     for batch, error, words in (
         (images, TrainingError, "a batch is Tensor"),
         ((images, texts[:2]), TrainingError, "4 images and 2 texts"),

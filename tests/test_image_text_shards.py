@@ -95,6 +95,10 @@ def test_three_processes_that_do_not_divide_the_total(tmp_path):
     assert sorted(counts.values())[-2:] == [1, 2]
 
 
+def samples_of(spans):
+    return [(shard, place) for shard, first, last in spans for place in range(first, last)]
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -108,12 +112,15 @@ def test_the_plan_is_a_partition(processes, workers, drop_last):
                 read, batches = Counter(), []
                 for process in range(processes):
                     shares = [plan.share(epoch, process, worker) for worker in range(workers)]
-                    for share in shares:
-                        held = [span.last - span.first for span in share.spans]
-                        assert sum(held) >= sum(share.batches)
-                        for shard, first, last in share.spans:
-                            assert 0 <= first < last <= sizes[shard]
-                            read.update((shard, place) for place in range(first, last))
+                    for worker, share in enumerate(shares):
+                        own = samples_of(share.spans)
+                        assert len(own) >= sum(share.batches)
+                        assert all(0 <= first < last for _, first, last in share.spans)
+                        assert all(place < sizes[shard] for shard, place in own)
+                        read.update(own)
+                        row = samples_of(plan.everything(epoch, process, worker))
+                        assert row[: len(own)] == own
+                        assert len(set(row)) == len(row) == total
                     # In the order of torch's loader, which asks its workers in turn.
                     order = [shares[j % workers].batches[j // workers] for j in range(plan.batches)]
                     assert sum(len(share.batches) for share in shares) == plan.batches
@@ -295,6 +302,37 @@ def test_a_shard_that_ends_too_early(tmp_path):
     assert missing
 
 
+@pytest.mark.parametrize("sizes", [{"good.tar": 4, "lost.tar": 4}, 8])
+def test_a_share_of_which_nothing_can_be_used(tmp_path, sizes):
+    """The other process's samples take its place, so that nobody waits and nothing crashes."""
+    paths = [write_shard(tmp_path / "good.tar", [sample(number) for number in range(4)])]
+    paths.append(tmp_path / "lost.tar")
+    paths[1].write_bytes(b"no archive" * 200)
+    whole = ImageTextShards(paths, pixels, batch_size=2, sizes=sizes, shuffle=False)
+    first, second = whole.split(0, 2), whole.split(1, 2)
+    assert [numbers(batch) for batch in first] == [[0, 1], [2, 3]]
+    with pytest.warns(SkippedSampleWarning, match="lost.tar"):
+        expected = [numbers(batch) for batch in second]
+    assert expected == [[0, 1], [2, 3]]
+    lost = {"not in its shard": 4} if isinstance(sizes, dict) else {}
+    assert dict(second.skipped.items()) == lost or sizes == 8
+    begun = whole.split(1, 2)
+    next(iter(begun))
+    again = whole.split(1, 2)
+    again.load_state_dict(begun.state_dict())
+    assert [numbers(batch) for batch in again] == expected[1:]
+
+
+def test_another_layout_is_an_error_before_everything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("shapwrap.data.image_text_shards.HOPELESS", 5)
+    silent = [sample(number, txt="", json="{}") for number in range(9)]
+    path = str(write_shard(tmp_path / "a.tar", [sample(20), *silent, sample(21)]))
+    stream = iter(ImageTextShards(path, pixels, batch_size=1, shuffle=False))
+    assert numbers(next(stream)) == [20]
+    with pytest.raises(TrainingError, match=r"none of 5 samples .* caption: 000004"):
+        next(stream)
+
+
 def test_wrong_sizes_are_noticed(tmp_path):
     paths = write_shards(tmp_path, sizes=(5, 6))
     stream = ImageTextShards(
@@ -307,7 +345,7 @@ def test_wrong_sizes_are_noticed(tmp_path):
 def test_nothing_that_can_be_used(tmp_path):
     path = write_shard(tmp_path / "a.tar", [sample(1, png=b"no"), sample(2, txt="", json="")])
     stream = ImageTextShards(path, pixels, batch_size=1)
-    with pytest.raises(TrainingError, match=r"no sample of .*a.tar can be used"):
+    with pytest.raises(TrainingError, match=r"none of 2 samples of a.tar .* can be used"):
         list(stream)
 
 
@@ -323,6 +361,7 @@ def test_captions():
         ({"json": single}, ["three"]),
         ({"json": b"[1]", "txt": "fünf".encode()}, ["fünf"]),
         ({"json": b'{"captions": []}'}, []),
+        ({"json": b"[" * 100_000, "txt": b"six"}, ["six"]),
         ({}, []),
     ):
         assert captions_of(StoredSample("k", fields)) == expected
@@ -363,6 +402,9 @@ def test_sizes_beside_the_shards(tmp_path):
     assert ImageTextShards(pattern, pixels, batch_size=1).num_samples == 8
     sizes.write_text(json.dumps({"part-001.tar": 3}))
     assert ImageTextShards(pattern, pixels, batch_size=1).num_samples == 8
+    sizes.write_text(json.dumps({"part-001.tar": -3}))
+    with pytest.raises(ArgumentError, match="sizes has -3 for 'part-001"):
+        ImageTextShards(pattern, pixels, batch_size=1)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"part-000.tar": 2, "part-001.tar": 3}))
     assert ImageTextShards(pattern, pixels, batch_size=1, sizes=str(other)).num_samples == 5
@@ -471,5 +513,21 @@ def test_all_captions_of_all_images(tmp_path):
         assert texts == ["text 0", "other 0", "text 1", "text 4", "other 4"]
         found = [part.image_of_text.tolist() for part in parts]
         assert found == ([[0, 0, 1, 2, 2]] if batch_size is None else [[0, 0, 1], [0, 0]])
+    begun = captioned_images(f"{tmp_path}/*.tar", red, batch_size=2)
+    next(begun), next(begun)
+    with pytest.warns(SkippedSampleWarning, match="2 samples were skipped: "):
+        begun.close()
+
+
+def test_captioned_images_that_cannot_be_had(tmp_path):
+    """What is wrong with the arguments is said at once, the rest with the sample it is of."""
+    path = str(write_shard(tmp_path / "a.tar", [sample(1), sample(2, png=picture(2, size=(9, 9)))]))
     with pytest.raises(ArgumentError, match="batch_size"):
-        next(captioned_images(tmp_path / "a.tar", red, batch_size=0))
+        captioned_images(path, pixels, batch_size=0)
+    with pytest.raises(ArgumentError, match="no file matches"):
+        captioned_images(str(tmp_path / "none-*.tar"), pixels)
+    with pytest.raises(ArgumentError, match="expected one shape"):
+        next(captioned_images(path, pixels))
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(captioned_images(path, lambda image: 1 / 0))
+    assert caught.value.__notes__ == ["while transforming sample '000001'"]

@@ -88,6 +88,23 @@ def test_known_answers():
     assert retrieval(eye[:1], eye[:1], [0]).mean()["t2i_r@1"] == 1.0
 
 
+@pytest.mark.parametrize("num, width", [(7, 5), (50, 64), (301, 513)])
+def test_ties_are_ties_however_products_are_rounded(num, width):
+    draw = torch.Generator().manual_seed(0)
+    texts, one = torch.randn(5 * num, width, generator=draw), torch.randn(width, generator=draw)
+    owners = torch.arange(num).repeat(5)
+    images = one.repeat(num, 1)
+    assert set(retrieval(images, texts, owners).places["t2i"].tolist()) == {num}
+    scores = retrieval(texts[:num], one.repeat(5 * num, 1), owners)
+    assert set(scores.places["i2t"].tolist()) == {5 * num - 4}
+    labels = torch.arange(num)
+    assert zero_shot(lambda x: x, [(texts[:num], labels)], images.T).mean()["top1"] == 0
+    # What differs by more is no tie.
+    near = torch.eye(width)[:2] * torch.tensor([[1.0], [0.99995]])
+    near[1] = near[1].roll(-1)
+    assert retrieval(near, near[:1].repeat(2, 1), [0, 1]).places["t2i"].tolist() == [1, 2]
+
+
 def test_nothing_is_normalised():
     images, texts, owners = make_gallery()
     longer = images * torch.tensor([9.0, 1, 1, 1, 1, 1, 1])[:, None]
@@ -230,6 +247,13 @@ def test_what_cannot_be_collected():
         Retrieval().update(*batch(0, 3), image_ids=[1, -1, 2])
     with pytest.raises(ArgumentError, match="ks is"):
         Retrieval(ks=[])
+    with pytest.raises(ArgumentError, match="chunk_size is 0"):
+        Retrieval(chunk_size=0)
+    metric = Retrieval()
+    metric.update(*batch(0, 3))
+    images, texts, owners = batch(3, 5)
+    with pytest.raises(ArgumentError, match="5 dimensions before, and 4 now"):
+        metric.update(images[:, :4], texts[:, :4], owners)
 
 
 SCRIPT = """
@@ -353,6 +377,22 @@ class _Broken(torch.nn.Module):
     "change, error, words",
     [
         (lambda e, b, w: (e, [], w), ArgumentError, "batches held none"),
+        (
+            lambda e, b, w: (e, iter([b[0][0]]), w),
+            ArgumentError,
+            "a batch is Tensor; expected a pair",
+        ),
+        (
+            lambda e, b, w: (e, iter([(*b[0], 1)]), w),
+            ArgumentError,
+            "a batch is tuple; expected a pair",
+        ),
+        (
+            lambda e, b, w: (e, iter([([1], b[0][1])]), w),
+            ArgumentError,
+            "the images of a batch are list",
+        ),
+        (lambda e, b, w: (e, iter([(b[0][0][:0], b[0][1][:0])]), w), ArgumentError, "are empty"),
         (lambda e, b, w: (e, b, w[0]), ArgumentError, "weights have shape"),
         (lambda e, b, w: (e, b, w[:3]), ArgumentError, r"expected embeddings \[4, 3\]"),
         (lambda e, b, w: (_Broken(), b, w), ArgumentError, "expected one with encode_image"),

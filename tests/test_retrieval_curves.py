@@ -215,6 +215,17 @@ def test_maps_that_find_the_only_pixel(chunk_size):
     torch.testing.assert_close(right.fractions["insertion"], expected)
 
 
+def test_an_encoder_that_sees_nothing_finds_nothing():
+    draw = torch.Generator().manual_seed(0)
+    one, texts = torch.randn(512, generator=draw), torch.randn(12, 512, generator=draw)
+    images, maps = torch.rand(6, 3, 4, 6, generator=draw), torch.rand(12, 4, 6, generator=draw)
+    owners = torch.arange(6).repeat(2)
+    scores = retrieval_insertion_deletion(
+        lambda images: one.repeat(len(images), 1), images, maps, texts, owners, ks=(1,), steps=3
+    )
+    assert scores.curves["deletion_t2i_r@1"].sum() == scores.curves["insertion_t2i_r@1"].sum() == 0
+
+
 def test_clean_points_are_retrieval():
     images, maps, texts = make_data()
     gallery = make_encoder()(images)

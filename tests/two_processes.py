@@ -15,13 +15,18 @@ needs_distributed = pytest.mark.skipif(
 
 def run_in_two_processes(code, folder, *arguments):
     """What the processes printed; fails with the end of their errors if one fails."""
+    return run_in_processes(2, code, folder, *arguments)
+
+
+def run_in_processes(num, code, folder, *arguments):
+    """The same for another number of them."""
     script = folder / "script.py"
     script.write_text(code)
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(script), *arguments),
+            *(f"--nproc-per-node={num}", str(script), *arguments),
         ],
         capture_output=True,
         text=True,

@@ -18,6 +18,7 @@ from shapwrap._types import (
     PooledFeatures,
     PreLogits,
 )
+from shapwrap.images import first_weight
 from shapwrap.masking.batch_norm import clean_statistics, evaluation_mode
 from shapwrap.masking.pixels import zero_absent_pixels
 from shapwrap.masking.pooling import present_means
@@ -179,8 +180,9 @@ class Backbone(ABC):
 
     @property
     def parameter(self) -> Tensor:
-        """Any parameter: where the model lies and in which precision."""
-        return next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
+        """A weight: where the model lies, and in which precision it takes images."""
+        weight = first_weight(self.model)
+        return torch.zeros(()) if weight is None else weight
 
     def in_channels(self, size: tuple[int, int] | None = None) -> int:
         """Channels of the images, read off the first layer that runs on them.

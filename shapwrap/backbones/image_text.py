@@ -2,7 +2,7 @@
 
 from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 from shapwrap.errors import BackboneTypeError
 
@@ -12,6 +12,11 @@ def reads_texts(model: object) -> TypeGuard[nn.Module]:
     towers = isinstance(getattr(model, "visual", None), nn.Module)
     texts = callable(getattr(model, "encode_text", None))
     return isinstance(model, nn.Module) and towers and texts
+
+
+def has_scale(model: nn.Module) -> bool:
+    """Whether the model states the logarithm of what similarities are multiplied with."""
+    return isinstance(getattr(model, "logit_scale", None), Tensor)
 
 
 def check_one_tower(model: nn.Module) -> None:

@@ -19,6 +19,8 @@ class Pairs(NamedTuple):
 
     images: Int[Tensor, " rows"]
     texts: Int[Tensor, " rows"]
+    all: bool
+    """Whether these are all images with all texts."""
 
 
 def matched_pairs(pairs: str, num_images: int, num_texts: int, device: torch.device) -> Pairs:
@@ -30,7 +32,7 @@ def matched_pairs(pairs: str, num_images: int, num_texts: int, device: torch.dev
     images = torch.arange(num_images, device=device)
     texts = torch.arange(num_texts, device=device)
     if pairs == "all":
-        return Pairs(images.repeat_interleave(num_texts), texts.repeat(num_images))
+        return Pairs(images.repeat_interleave(num_texts), texts.repeat(num_images), True)
     if pairs != "matching":
         raise ArgumentError(f"pairs is {pairs!r}; expected 'matching' or 'all'.")
     if num_texts not in (1, num_images):
@@ -38,7 +40,7 @@ def matched_pairs(pairs: str, num_images: int, num_texts: int, device: torch.dev
             f"there are {num_images} images and {num_texts} texts; matching pairs take one text an "
             "image, or one text for all. Use pairs='all' for every image with every text."
         )
-    return Pairs(images, texts.expand(num_images) if num_texts == 1 else texts)
+    return Pairs(images, texts.expand(num_images) if num_texts == 1 else texts, False)
 
 
 def explain_pairs(
@@ -51,7 +53,7 @@ def explain_pairs(
     *,
     contrast: bool,
 ) -> Explanation:
-    """One row a pair, its classes being the texts; no image by patch by text tensor is made.
+    """One row a pair, its classes being the texts; no embedding is copied for a further text.
 
     Args:
         tower: The image tower.
@@ -69,7 +71,10 @@ def explain_pairs(
         raise ArgumentError("contrast=True came with one text; expected several to compare.")
     texts = texts.to(embeddings.dtype)
     asked = texts - texts.mean(dim=0) if contrast else texts
-    values = torch.einsum("rnd,rd->rn", embeddings[pairs.images], asked[pairs.texts])
+    if pairs.all:
+        values = torch.einsum("bnd,td->btn", embeddings, asked).flatten(0, 1)
+    else:
+        values = torch.einsum("bnd,bd->bn", embeddings, asked[pairs.texts])
     return Explanation(
         values=values,
         logits=similarities(embeddings.sum(dim=1), texts)[pairs.images],

@@ -37,9 +37,9 @@ class ImageTextReport:
         rows = {
             "model": self.model,
             "text side": f"{self.text_params / 1e6:.2f} M parameters, unchanged",
-            "similarity": f"differs from the pretrained one by at most "
-            f"{self.similarity_difference:.2g} (cosine of the embeddings "
-            f"{self.direction_cosine:.3f}, length {self.length:.3f} instead of 1)",
+            "similarity": f"of noise, any text: at most {self.similarity_difference:.2g} off the "
+            f"pretrained one (cosine of the embeddings {self.direction_cosine:.3f}, length "
+            f"{self.length:.3f} instead of 1)",
         }
         tower = str(self.tower).splitlines()
         width = tower[0].index(tower[0].split("  ", 1)[1].strip())

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, PatchValues
 from shapwrap.backbones.base import Normalization
-from shapwrap.backbones.image_text import reads_texts
+from shapwrap.backbones.image_text import has_scale, reads_texts
 from shapwrap.clip.matching import MatchedModel, explain_pairs, matched_pairs
 from shapwrap.clip.output import ContrastiveOutput, Embeddings, similarities
 from shapwrap.clip.report import ImageTextReport, report_on_towers
-from shapwrap.clip.texts import Texts, Tokenizer, strings_of, text_embeddings
+from shapwrap.clip.texts import Texts, Tokenizer, strings_of, text_embeddings, tokens_of
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation
+from shapwrap.images import check_finite
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
 from shapwrap.values.output import ShapleyOutput
@@ -64,11 +65,11 @@ class ShapleyCLIP(nn.Module):
         tokenizer: Tokenizer | None = None,
     ):
         super().__init__()
-        if not reads_texts(model):
+        if not reads_texts(model) or not has_scale(model):
             raise BackboneTypeError(
-                f"model is {type(model).__name__}; expected an image-text model with `visual` and "
-                "`encode_text`, such as open_clip.create_model(name). For a tower or a classifier "
-                "use ShapleyWrapper."
+                f"model is {type(model).__name__}; expected an image-text model with `visual`, "
+                "`encode_text` and a tensor `logit_scale`, such as open_clip.create_model(name). "
+                "For a tower or a classifier use ShapleyWrapper."
             )
         if isinstance(model, ShapleyCLIP):
             raise BackboneTypeError(
@@ -107,16 +108,23 @@ class ShapleyCLIP(nn.Module):
         embeddings: Any = self.tower(image)
         return embeddings
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+    def encode_text(self, text: Texts, normalize: bool = False) -> Tensor:
         """Text embeddings [T, E], as the model itself makes them, in at least float32.
 
         Images' embeddings are, and the two are multiplied.
+
+        Args:
+            text: Token ids [T, L], or strings where there is a tokenizer.
+            normalize: Whether to bring them to unit length.
+
+        Raises:
+            ArgumentError: Something else, or no text.
         """
         encoder: Any = self.model
-        embeddings = encoder.encode_text(text, normalize=normalize)
+        embeddings = encoder.encode_text(self._tokens(text), normalize=normalize)
         return embeddings.to(compute_dtype(embeddings))
 
-    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def get_logits(self, image: Tensor, text: Texts) -> tuple[Tensor, Tensor]:
         """Logits image by text [B, T], and their transpose."""
         scale, bias = self._scale_and_bias()
         logits = similarities(self.encode_image(image), self.encode_text(text, normalize=True))
@@ -126,7 +134,7 @@ class ShapleyCLIP(nn.Module):
     def forward(
         self,
         image: Tensor | None = None,
-        text: Tensor | None = None,
+        text: Texts | None = None,
         coalitions: Tensor | None = None,
         *,
         paired: bool | None = None,
@@ -135,11 +143,12 @@ class ShapleyCLIP(nn.Module):
 
         Without coalitions: (image features, text features, scale), and the bias where there is one,
         or a dictionary of them where the model was built with `output_dict`. All of a step runs in
-        this one call, so DDP and FSDP see one forward pass.
+        this one call, so DDP and FSDP see one forward pass. CoCa's captions are left out; its own
+        `clip.model(image, text)` has them.
 
         Args:
             image: Float [B, C, H, W]; may be left out without coalitions.
-            text: Token ids [T, L]; may be left out without coalitions.
+            text: As in `encode_text`; may be left out without coalitions.
             coalitions: Bool [B, S, N], True where a patch is present.
             paired: As in `ShapleyWrapper`.
 
@@ -316,6 +325,7 @@ class ShapleyCLIP(nn.Module):
         """
         image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         grid = self.tower.grid_of(image)
+        check_finite(image)
         with torch.no_grad(), evaluation_mode(self.modules()):
             features = self.text_features(text)
         if len(features) != 1:
@@ -334,18 +344,19 @@ class ShapleyCLIP(nn.Module):
             class_names: Names of the classes; by default the strings.
 
         Raises:
-            ArgumentError: No texts, or strings without a tokenizer.
+            ArgumentError: No texts, strings without a tokenizer, or not one name a text.
         """
+        self.tower._check_in_use()
         with torch.no_grad(), evaluation_mode(self.modules()):
             features = self.text_features(texts)
         scale, bias = self._scale_and_bias()
         visual: Any = self.tower.model
-        weight = (features * scale.detach()).to(next(visual.parameters()).dtype)
+        weight = features * scale.detach()
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         head.weight = nn.Parameter(weight)
         if bias is not None:
             head.bias = nn.Parameter(bias.detach().to(weight).expand(len(weight)).clone())
-        names = class_names or strings_of(texts)
+        names = strings_of(texts) if class_names is None else class_names
         return ShapleyWrapper(
             visual, head=head, readout="cosine", class_names=names, **self._options
         )
@@ -407,6 +418,9 @@ class ShapleyCLIP(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def _tokens(self, text: Texts) -> Tensor:
+        return tokens_of(text, self.tokenizer).to(next(self.model.parameters()).device)
+
     def _scale_and_bias(self) -> tuple[Tensor, Tensor | None]:
         model: Any = self.model
         return model.logit_scale.exp(), getattr(model, "logit_bias", None)
@@ -418,14 +432,13 @@ def wrap_image_text(model: nn.Module, options: Mapping[str, Any]) -> ShapleyCLIP
     Raises:
         ArgumentError: An option that is about a classifier.
     """
-    known = {"masking", "grid", "prefix_tokens", "image_size"}
-    about_classes = [name for name, value in options.items() if name not in known and value]
-    about_classes = [name for name in about_classes if options[name] != "auto"]
-    if about_classes:
+    about_classes = {"readout", "features", "head", "num_classes", "class_names"} & options.keys()
+    given = sorted(name for name in about_classes if str(options[name]) not in ("None", "auto"))
+    if given:
         raise ArgumentError(
             f"{type(model).__name__} reads images and texts, whose match needs no classifier; "
-            f"{', '.join(about_classes)} came. Leave that out, or wrap the image tower alone: "
+            f"{', '.join(given)} came. Leave that out, or wrap the image tower alone: "
             "ShapleyWrapper(model.visual, head=nn.Linear(embedding, classes)), or num_classes= for "
             "a new head."
         )
-    return ShapleyCLIP(model, **{name: options[name] for name in known & options.keys()})
+    return ShapleyCLIP(model, **{name: options[name] for name in options.keys() - about_classes})

@@ -33,8 +33,7 @@ def text_embeddings(
         device: Where the model lies.
 
     Raises:
-        ArgumentError: None of the three, no text, strings without a tokenizer, embeddings of
-            another width, or not finite.
+        ArgumentError: What `tokens_of` says, or embeddings of another width, not finite, or zero.
     """
     if isinstance(texts, Tensor) and texts.is_floating_point():
         if texts.ndim != 2 or texts.shape[1] != width or not len(texts):
@@ -44,6 +43,11 @@ def text_embeddings(
             )
         if not bool(texts.isfinite().all()):
             raise ArgumentError("texts are embeddings with NaN or infinity; expected finite ones.")
+        if not bool(texts.any(dim=1).all()):
+            raise ArgumentError(
+                "texts are embeddings of which one is all zero, which has no direction; expected "
+                "what encode_text returns."
+            )
         embeddings = texts.to(device)
     else:
         embeddings = encode(tokens_of(texts, tokenizer).to(device))
@@ -54,10 +58,11 @@ def tokens_of(texts: Texts, tokenizer: Tokenizer | None) -> Tensor:
     """Token ids [T, L].
 
     Raises:
-        ArgumentError: Neither strings nor token ids, no text, or strings without a tokenizer.
+        ArgumentError: Neither strings nor token ids, no text, strings without a tokenizer, or one
+            that does not return token ids.
     """
     if isinstance(texts, Tensor):
-        if texts.is_floating_point() or texts.dtype == torch.bool or texts.ndim != 2:
+        if texts.dtype not in (torch.int64, torch.int32) or texts.ndim != 2:
             raise ArgumentError(
                 f"texts are {texts.dtype} of shape {tuple(texts.shape)}; expected token ids, "
                 "int64 [T, L], as the tokenizer of the model returns them."
@@ -78,7 +83,14 @@ def tokens_of(texts: Texts, tokenizer: Tokenizer | None) -> Tensor:
             "texts are strings, but there is no tokenizer. Pass one with the model: "
             "tokenizer=open_clip.get_tokenizer(name), or pass token ids."
         )
-    return tokenizer(strings)
+    ids = tokenizer(strings) if callable(tokenizer) else tokenizer
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(strings):
+        came = tuple(ids.shape) if isinstance(ids, Tensor) else f"{type(ids).__name__} {ids!r:.60}"
+        raise ArgumentError(
+            f"the tokenizer gives {came} for {len(strings)} strings; expected a function from a "
+            "list of strings to token ids, int64 [T, L], such as open_clip.get_tokenizer(name)."
+        )
+    return ids
 
 
 def strings_of(texts: object) -> list[str] | None:

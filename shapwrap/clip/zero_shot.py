@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shapwrap._types import Logits
-from shapwrap.backbones.image_text import reads_texts
+from shapwrap.backbones.image_text import has_scale, reads_texts
 from shapwrap.backbones.tower_whole import embedding_of
-from shapwrap.clip.output import Embeddings
+from shapwrap.clip.output import Embeddings, similarities
 from shapwrap.clip.shapley_clip import ShapleyCLIP
 from shapwrap.clip.texts import Texts, Tokenizer, strings_of, text_embeddings
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.masking.batch_norm import evaluation_mode
-from shapwrap.masking.pooling import compute_dtype, without_autocast
+from shapwrap.masking.pooling import compute_dtype
 
 
 class ZeroShotClassifier(nn.Module):
@@ -57,10 +57,12 @@ class ZeroShotClassifier(nn.Module):
                 "model is a ShapleyCLIP; its own classifier is model.classifier(texts). For the "
                 "plain model that it wraps, pass model.model."
             )
-        if not reads_texts(model) or not callable(getattr(model, "encode_image", None)):
+        encodes_images = callable(getattr(model, "encode_image", None))
+        if not reads_texts(model) or not encodes_images or not has_scale(model):
             raise BackboneTypeError(
                 f"model is {type(model).__name__}; expected an image-text model with `visual`, "
-                "`encode_image` and `encode_text`, such as open_clip.create_model(name)."
+                "`encode_image`, `encode_text` and a tensor `logit_scale`, such as "
+                "open_clip.create_model(name)."
             )
         self.model = model
         self.tokenizer = tokenizer
@@ -109,8 +111,7 @@ class ZeroShotClassifier(nn.Module):
                 f"texts are embeddings of width {texts.shape[1]}; images have {embeddings.shape[1]}"
                 ". Encode both with one model."
             )
-        with without_autocast(embeddings):
-            return embeddings @ texts.to(embeddings.dtype).mT
+        return similarities(embeddings, texts)
 
     def image_embeddings(self, images: Tensor) -> Embeddings:
         """The model's own image embeddings of unit length, [B, E]."""

@@ -6,12 +6,17 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor
 
 from shapwrap._types import Images
 from shapwrap.arguments import check_at_least
-from shapwrap.data.image_text_sample import Transform, captions_of, picture_of
+from shapwrap.data.image_text_sample import (
+    Transform,
+    captions_of,
+    picture_of,
+    stacked,
+    transformed,
+)
 from shapwrap.data.shard_files import Shards, expand_shards
 from shapwrap.data.shard_plan import Span
 from shapwrap.data.shard_reader import StoredSample, read_span
@@ -40,22 +45,30 @@ def captioned_images(
         batch_size: Images at a time; all at once by default.
 
     Raises:
-        ArgumentError: No shard, or a batch size below 1.
+        ArgumentError: No shard, or a batch size below 1; on the way, images of several shapes.
         MissingDependencyError: webdataset is not installed.
     """
     if batch_size is not None:
         check_at_least("batch_size", batch_size, 1)
+    return _batches(expand_shards(shards), transform, batch_size)
+
+
+def _batches(
+    shards: list[str], transform: Transform, batch_size: int | None
+) -> Iterator[CaptionedImages]:
     skipped = Skipped(instead="")
-    found = _usable(expand_shards(shards), transform, skipped)
-    while batch := list(islice(found, batch_size)):
-        images, captions = zip(*batch, strict=True)
-        counts = torch.tensor([len(texts) for texts in captions])
-        yield CaptionedImages(
-            torch.stack(images),
-            [text for texts in captions for text in texts],
-            torch.arange(len(images)).repeat_interleave(counts),
-        )
-    skipped.warn_once()
+    found = _usable(shards, transform, skipped)
+    try:
+        while batch := list(islice(found, batch_size)):
+            images, captions = zip(*batch, strict=True)
+            counts = torch.tensor([len(texts) for texts in captions])
+            yield CaptionedImages(
+                stacked(images),
+                [text for texts in captions for text in texts],
+                torch.arange(len(images)).repeat_interleave(counts),
+            )
+    finally:
+        skipped.warn_once()
 
 
 def _usable(
@@ -63,16 +76,18 @@ def _usable(
 ) -> Iterator[tuple[Tensor, list[str]]]:
     for number, shard in enumerate(shards):
         for sample in read_span(shard, Span(number, 0, None), None):
-            found = sample if isinstance(sample, Skip) else _decoded(sample)
+            found = sample if isinstance(sample, Skip) else _decoded(sample, transform)
             if isinstance(found, Skip):
                 skipped.add([found])
             else:
-                yield transform(found[0]), found[1]
+                yield found
 
 
-def _decoded(sample: StoredSample) -> tuple[Image.Image, list[str]] | Skip:
+def _decoded(sample: StoredSample, transform: Transform) -> tuple[Tensor, list[str]] | Skip:
     captions = captions_of(sample)
     if not captions:
         return Skip("without a caption", sample.key)
     image = picture_of(sample)
-    return image if isinstance(image, Skip) else (image, captions)
+    if isinstance(image, Skip):
+        return image
+    return transformed(image, transform, sample.key), captions

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shapwrap._types import Images
 from shapwrap.data.shard_reader import IMAGES, StoredSample
 from shapwrap.data.skipped import Skip
+from shapwrap.errors import ArgumentError
 from shapwrap.training.random_stream import global_states_kept
 
 Captions = Literal["first", "random"]
@@ -35,6 +37,7 @@ def decode(
         seed: Of the epoch.
 
     Raises:
+        ArgumentError: The transform gives no tensor.
         Exception: Whatever the transform raises, with the sample's key.
     """
     generator = random.Random(f"{seed} {sample.key}")
@@ -45,17 +48,48 @@ def decode(
     image = picture_of(sample)
     if isinstance(image, Skip):
         return image
+    drawn = generator.getrandbits(63)
     with global_states_kept():
-        drawn = generator.getrandbits(63)
         random.seed(drawn)
         np.random.seed(drawn % 2**32)  # noqa: NPY002 - the state that transforms draw from
         # Not torch.manual_seed, which would seed every GPU as well.
         torch.default_generator.manual_seed(drawn)
-        try:
-            return transform(image), caption
-        except Exception as error:
-            error.add_note(f"while transforming sample {sample.key!r}")
-            raise
+        return transformed(image, transform, sample.key), caption
+
+
+def transformed(image: Image.Image, transform: Transform, key: str) -> Tensor:
+    """The image as the model reads it.
+
+    Raises:
+        ArgumentError: The transform gives no tensor.
+        Exception: Whatever the transform raises, with the sample's key.
+    """
+    try:
+        made: object = transform(image)
+    except Exception as error:
+        error.add_note(f"while transforming sample {key!r}")
+        raise
+    if not isinstance(made, Tensor):
+        raise ArgumentError(
+            f"the transform made {type(made).__name__} of sample {key!r}; expected a float tensor "
+            "[C, H, W]: let it end in ToTensor()."
+        )
+    return made
+
+
+def stacked(images: Sequence[Tensor]) -> Images:
+    """One batch.
+
+    Raises:
+        ArgumentError: Images of several shapes.
+    """
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ArgumentError(
+            f"the transform made images of shapes {sorted(shapes)}; expected one shape: let it "
+            "resize and crop."
+        )
+    return torch.stack(list(images))
 
 
 def picture_of(sample: StoredSample) -> Image.Image | Skip:
@@ -87,6 +121,6 @@ def _texts(found: list[Any]) -> list[str]:
 def _json_of(sample: StoredSample) -> dict[str, Any]:
     try:
         read = json.loads(sample.fields.get("json", b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return read if isinstance(read, dict) else {}

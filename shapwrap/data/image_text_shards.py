@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from shapwrap.arguments import check_at_least
 from shapwrap.clip.texts import Tokenizer
-from shapwrap.data.image_text_sample import Captions, Transform, decode
+from shapwrap.data.image_text_sample import Captions, Transform, decode, stacked
 from shapwrap.data.shard_files import Shards, base_name, expand_shards, shard_sizes, total_of
 from shapwrap.data.shard_plan import ShardPlan, Span
 from shapwrap.data.shard_reader import StoredSample, read_span, shuffled
 from shapwrap.data.skipped import Skip, Skipped
 from shapwrap.errors import ArgumentError, TrainingError
+
+HOPELESS = 50_000
+"""Samples in a row that were read and cannot be used: no accident, but another layout."""
 
 
 class ImageTextShards:
@@ -74,11 +78,9 @@ class ImageTextShards:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        for name, value in (("batch_size", batch_size), ("buffer_size", buffer_size)):
-            if value < 1:
-                raise ArgumentError(f"{name} is {value}; expected at least 1.")
-        if num_workers < 0:
-            raise ArgumentError(f"num_workers is {num_workers}; expected 0 or more.")
+        check_at_least("batch_size", batch_size, 1)
+        check_at_least("buffer_size", buffer_size, 1)
+        check_at_least("num_workers", num_workers, 0)
         if captions not in ("first", "random"):
             raise ArgumentError(f"captions is {captions!r}; expected 'first' or 'random'.")
         self.shards = expand_shards(shards)
@@ -164,7 +166,7 @@ class ImageTextShards:
         """Images, and token ids or captions.
 
         Raises:
-            TrainingError: A worker finds no sample that can be used.
+            TrainingError: There is no sample that can be used, or 50,000 in a row cannot.
         """
         if not self._resuming:
             self.set_epoch(self._place.epoch)
@@ -252,12 +254,13 @@ class _WorkerStream(IterableDataset[_Given]):
             yield _Given(*self._collated(batch), worker, batch[-1].read, skips)
 
     def _pairs(self, spans: list[Span], worker: int) -> Iterator[_Pair]:
-        """What this worker has not given yet; at the end all of it again, for want of others."""
+        """What this worker has not given yet; for want of that all samples, its own first."""
         shards, epoch = self._shards, self._place.epoch
         key = f"samples {shards._seed} {epoch} {shards._process} {worker}"
         generator = random.Random(key)
         before, read = self._place.read[worker], 0
         skips: list[Skip] = []
+        unusable, last = 0, None
         for again in itertools.count():
             usable = read < before
             for sample in shuffled(self._stored(spans), shards._buffer_size, generator):
@@ -266,18 +269,27 @@ class _WorkerStream(IterableDataset[_Given]):
                     continue
                 decoded = self._decoded(sample)
                 if isinstance(decoded, Skip):
-                    # Those of a second round are counted already.
+                    # Those of a second round are counted already, here or by their own worker.
                     skips += [] if again else [decoded]
+                    last = decoded
+                    # Of a shard that cannot be opened nothing was read, and others may be fine.
+                    unusable += isinstance(sample, StoredSample)
+                    if unusable == HOPELESS:
+                        raise self._nothing_usable(unusable, last)
                 else:
-                    usable = True
+                    usable, unusable = True, 0
                     yield _Pair(*decoded, read, skips)
                     skips = []
-            if not usable:
-                names = ", ".join(shards.shards[span.shard] for span in spans[:3])
-                raise TrainingError(
-                    f"no sample of {names} can be used (the last: {skips[-1:]}); expected images "
-                    "(.jpg, .png, .webp) with captions (.txt, .json)."
-                )
+            if again and not usable:
+                raise self._nothing_usable(shards.num_samples, last)
+            spans = shards._plan.everything(epoch, shards._process, worker)
+
+    def _nothing_usable(self, num: int, last: Skip | None) -> TrainingError:
+        said = "" if last is None else f", the last {last.reason}: {last.key}"
+        return TrainingError(
+            f"none of {num} samples of {base_name(self._shards.shards[0])} and so on can be used"
+            f"{said}; expected images (.jpg, .png, .webp) with captions (.txt, .json)."
+        )
 
     def _stored(self, spans: list[Span]) -> Iterator[StoredSample | Skip]:
         sizes = self._shards._plan.sizes
@@ -293,13 +305,7 @@ class _WorkerStream(IterableDataset[_Given]):
         return decode(sample, shards._transform, shards._captions, seed)
 
     def _collated(self, pairs: list[_Pair]) -> tuple[Tensor, Any]:
-        shapes = {tuple(pair.image.shape) for pair in pairs}
-        if len(shapes) > 1:
-            raise ArgumentError(
-                f"the transform made images of shapes {sorted(shapes)}; expected one shape: let it "
-                "resize and crop."
-            )
         captions = [pair.caption for pair in pairs]
         tokenizer = self._shards._tokenizer
-        images = torch.stack([pair.image for pair in pairs])
+        images = stacked([pair.image for pair in pairs])
         return images, tokenizer(captions) if tokenizer else captions

@@ -99,15 +99,16 @@ def shard_sizes(
     if sizes is None:
         return _found_sizes(shards)
     given = sizes if isinstance(sizes, Mapping) else _read_json(os.fspath(sizes))
-    numbers: list[int] = []
-    for shard in shards:
-        number = given.get(shard, given.get(base_name(shard)))
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise ArgumentError(
-                f"sizes has {number!r} for {base_name(shard)!r}; expected its number of samples."
-            )
-        numbers.append(number)
-    return numbers
+    return [_size_in(given, shard) for shard in shards]
+
+
+def _size_in(sizes: Mapping[str, Any], shard: str) -> int:
+    number = sizes.get(shard, sizes.get(base_name(shard)))
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ArgumentError(
+            f"sizes has {number!r} for {base_name(shard)!r}; expected its number of samples."
+        )
+    return number
 
 
 def count_samples(shard: str | os.PathLike[str]) -> int:
@@ -148,8 +149,8 @@ def _found_sizes(shards: Sequence[str]) -> list[int]:
         beside = os.path.join(folder, "sizes.json")  # noqa: PTH118
         if folder not in listed:
             listed[folder] = _read_json(beside) if os.path.isfile(beside) else {}  # noqa: PTH113
-        number = listed[folder].get(base_name(shard))
-        found.append(number if isinstance(number, int) else count_samples(shard))
+        known = base_name(shard) in listed[folder]
+        found.append(_size_in(listed[folder], shard) if known else count_samples(shard))
     return found
 
 

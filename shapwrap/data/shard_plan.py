@@ -89,17 +89,32 @@ class ShardPlan:
 
     def share(self, epoch: int, process: int, worker: int) -> Share:
         """What this worker of this process reads; batch j of a process is by worker j % workers."""
-        batches = [self._batches_of(number) for number in range(self.num_workers)]
+        batches = self._batches_of(worker)
         if self.sizes is None:
-            reader = process * self.num_workers + worker
-            readers = self.num_processes * self.num_workers
-            spans = [Span(shard, 0, None) for shard in self.order(epoch)[reader::readers]]
-            return Share(spans, batches[worker])
-        lengths = [sum(sizes) for sizes in batches]
+            own, _ = self._whole_shards(epoch, process, worker)
+            return Share([Span(shard, 0, None) for shard in own], batches)
+        return Share(self._spans(epoch, *self._piece(process, worker)), batches)
+
+    def everything(self, epoch: int, process: int, worker: int) -> list[Span]:
+        """All samples, those of this worker first: what takes the place of unusable ones."""
+        if self.sizes is None:
+            own, others = self._whole_shards(epoch, process, worker)
+            return [Span(shard, 0, None) for shard in (*own, *others)]
+        return self._spans(epoch, self._piece(process, worker)[0], self.total)
+
+    def _whole_shards(self, epoch: int, process: int, worker: int) -> tuple[list[int], list[int]]:
+        """Shards of this worker, and those of all others."""
+        order = self.order(epoch)
+        own = order[process * self.num_workers + worker :: self.num_processes * self.num_workers]
+        others = set(order).difference(own)
+        return own, [shard for shard in order if shard in others]
+
+    def _piece(self, process: int, worker: int) -> tuple[int, int]:
+        """Where this worker's piece of the row starts, and how long it is."""
+        lengths = [sum(self._batches_of(number)) for number in range(self.num_workers)]
         # What makes no batch is left to the first worker, in the place of unreadable samples.
         lengths[0] += self.samples - sum(lengths)
-        start = process * self.samples + sum(lengths[:worker])
-        return Share(self._spans(epoch, start, lengths[worker]), batches[worker])
+        return process * self.samples + sum(lengths[:worker]), lengths[worker]
 
     def _batches_of(self, worker: int) -> list[int]:
         sizes: list[int] = []

@@ -18,7 +18,7 @@ from shapwrap.errors import (
     ShapwrapError,
     UnsupportedBackboneError,
 )
-from shapwrap.images import check_finite, check_images
+from shapwrap.images import check_finite, check_images, first_weight
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.probing import in_full_precision, undisturbed
 from shapwrap.wrapper import ShapleyWrapper
@@ -174,10 +174,10 @@ class ExplainedModel:
             ImageTypeError: Not a floating-point tensor.
             ImageError: Wrong shape or device, or pixels that are not finite.
         """
-        parameters = [] if self.module is None else self.module.parameters()
-        like = next((p for p in parameters if p.is_floating_point()), images)
+        reads = self.module if self.zero_shot is None else self.zero_shot.tower
+        weight = None if reads is None else first_weight(reads)
         channels = images.shape[1] if isinstance(images, Tensor) and images.ndim == 4 else 0
-        check_images(images, channels, like)
+        check_images(images, channels, images if weight is None else weight)
         check_finite(images)
 
     @contextmanager

@@ -14,7 +14,7 @@ from shapwrap.masking.pooling import compute_dtype
 DIRECTIONS = ("t2i", "i2t")
 """Images for a text, and texts for an image."""
 
-TIES = "count against: of equal similarities the right one comes last"
+TIES = "count against: of similarities equal up to rounding the right one comes last"
 SIMILARITY = "dot product of the features as they are, in float32 (float64 for float64 features)"
 
 
@@ -68,11 +68,12 @@ class Candidates:
         """
         asked, own = self.texts[text], self.image_of_text[text]
         found = similarities(asked, self.images)
+        answers = self.images[own] if features is None else features
         if features is None:
             right = found.gather(1, own[:, None])
         else:
             right = (asked * features).sum(dim=1, keepdim=True)
-        ahead = (found >= right).scatter(1, own[:, None], False)
+        ahead = (found >= right - rounding(asked, answers)).scatter(1, own[:, None], False)
         return 1 + ahead.sum(dim=1)
 
     def caption_places(
@@ -86,8 +87,9 @@ class Candidates:
         """
         found = similarities(features, self.texts)
         right = self.image_of_text == image[:, None]
-        best = found.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        return 1 + ((found >= best) & ~right).sum(dim=1)
+        best, text = found.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True)
+        least = best - rounding(features, self.texts[text[:, 0]])
+        return 1 + ((found >= least) & ~right).sum(dim=1)
 
     def captions(self) -> Int[Tensor, " images"]:
         """Number of texts of each image."""
@@ -104,6 +106,18 @@ class Candidates:
             "positives": f"T2I: the text's image; I2T: any text of the image, {captions} an image",
             "ties": TIES,
         }
+
+
+def rounding(
+    asked: Float[Tensor, "items embedding"], answers: Float[Tensor, "items embedding"]
+) -> Float[Tensor, "items 1"]:
+    """By how much products of these pairs may differ and still be equal.
+
+    The same product can come out differently in its last places, by where it stands in a matrix
+    and by how many are computed at a time.
+    """
+    lengths = asked.norm(dim=1, keepdim=True) * answers.norm(dim=1, keepdim=True)
+    return 2 * torch.finfo(asked.dtype).eps * asked.shape[1] ** 0.5 * lengths
 
 
 def checked_ks(ks: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shapwrap.arguments import check_at_least
 from shapwrap.errors import ArgumentError, MissingDependencyError
 from shapwrap.explainers.explained_model import Model
 from shapwrap.explanation import Explanation
@@ -60,6 +61,7 @@ class Retrieval(Metric):
 
     def __init__(self, *, ks: Sequence[int] = (1, 5), chunk_size: int = 1024, **options: Any):
         super().__init__(**options)
+        check_at_least("chunk_size", chunk_size, 1)
         self.ks = checked_ks(ks)
         self.chunk_size = chunk_size
         self.protocol: Protocol | None = None
@@ -86,10 +88,15 @@ class Retrieval(Metric):
                 all images are new.
 
         Raises:
-            ArgumentError: Features that do not fit each other or are not finite, an image without a
-                text, or ids that are not one an image.
+            ArgumentError: Features that do not fit each other or those before, or are not finite,
+                an image without a text, or ids that are not one an image.
         """
         found = Candidates.checked(image_features, text_features, image_of_text)
+        if self.image_features and self.image_features[0].shape[1] != found.images.shape[1]:
+            raise ArgumentError(
+                f"features have {self.image_features[0].shape[1]} dimensions before, and "
+                f"{found.images.shape[1]} now; expected embeddings of one model. Call reset first."
+            )
         num, device = len(found.images), found.images.device
         if image_ids is None:
             ids = torch.full((num,), UNNAMED, device=device)

@@ -50,7 +50,7 @@ def retrieval(
     `.mean()` has the recalls, `.places` where the right ones came, `.chance` the recalls of a
     random order, `.protocol` every choice, in words. A text hits if its own image is among the
     first k of all images; an image hits if any of its texts is among the first k of all texts. Ties
-    count against: of equal similarities the right one comes last.
+    count against: of similarities that are equal up to rounding the right one comes last.
 
     Similarities are dot products of the features as they are; nothing is normalised. Those of a
     plain CLIP must be brought to unit length before (`encode_image(x, normalize=True)`); the length

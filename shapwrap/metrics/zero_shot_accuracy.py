@@ -11,7 +11,7 @@ from shapwrap.errors import ArgumentError, ShapwrapError
 from shapwrap.explanation import check_target
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
-from shapwrap.metrics.candidates import TIES, checked_features, checked_ks
+from shapwrap.metrics.candidates import TIES, checked_features, checked_ks, rounding
 from shapwrap.metrics.protocol import ItemScores, Protocol
 
 
@@ -28,7 +28,7 @@ def zero_shot(
     A mapping with float tensors `top<k>` [B], one an image, 1 for a hit and 0 for a miss; `.mean()`
     has the accuracies, `.protocol` every choice. Which classes come first does not depend on the
     length of the image embedding, so plain and wrapped models compare alike. Ties count against: of
-    equal similarities the right class comes last.
+    similarities that are equal up to rounding the right class comes last.
 
     Args:
         model: With `encode_image`, such as `ShapleyCLIP` or an open_clip model, or a function, from
@@ -40,7 +40,8 @@ def zero_shot(
         ks: Which k; one that is at least K always hits.
 
     Raises:
-        ArgumentError: Weights that are not [E, K], or of another E; no batch; or a bad k.
+        ArgumentError: Weights that are not [E, K], or of another E; no batch, or one that is no
+            pair; or a bad k.
         TargetError: Labels that are not one class an image.
         ShapwrapError: Embeddings that are not finite, and what the model says of the images.
     """
@@ -53,7 +54,8 @@ def zero_shot(
         )
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     places: list[Tensor] = []
-    for images, labels in batches:
+    for batch in batches:
+        images, labels = _checked_batch(batch)
         with evaluation_mode(modules):
             features = encode(images.to(classes.device))
         places.append(_places(features, labels, classes, len(images)))
@@ -73,6 +75,18 @@ def zero_shot(
     )
 
 
+def _checked_batch(batch: object) -> tuple[Tensor, object]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise ArgumentError(
+            f"a batch is {type(batch).__name__}; expected a pair of images and labels."
+        )
+    images, labels = batch
+    if not isinstance(images, Tensor) or not len(images):
+        came = "empty" if isinstance(images, Tensor) else type(images).__name__
+        raise ArgumentError(f"the images of a batch are {came}; expected a tensor [B >= 1, ...].")
+    return images, labels
+
+
 def _places(features: object, labels: object, classes: Tensor, num_images: int) -> Tensor:
     """Place of the right class for each image, 1 for the first."""
     shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -81,7 +95,8 @@ def _places(features: object, labels: object, classes: Tensor, num_images: int) 
             f"the model gives {shape} for {num_images} images; expected embeddings "
             f"[{num_images}, {len(classes)}], as many dimensions as the weights have rows."
         )
-    found = similarities(features.to(compute_dtype(features)), classes.mT)
+    features = features.to(compute_dtype(features))
+    found = similarities(features, classes.mT)
     if not torch.isfinite(found).all():
         raise ShapwrapError(
             "the embeddings of a batch hold NaN or infinity; expected finite ones. Run the model "
@@ -91,5 +106,6 @@ def _places(features: object, labels: object, classes: Tensor, num_images: int) 
         came = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ArgumentError(f"labels are {came}; expected one class an image, int64 [B].")
     right = check_target(labels.to(found.device), found)[:, None]
-    ahead = (found >= found.gather(1, right)).scatter(1, right, False)
+    least = found.gather(1, right) - rounding(features, classes.mT[right[:, 0]])
+    ahead = (found >= least).scatter(1, right, False)
     return 1 + ahead.sum(dim=1)

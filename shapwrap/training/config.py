@@ -2,12 +2,13 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError
 
 Precision = Literal["no", "bf16", "fp16"]
+Config = TypeVar("Config", bound="LoopConfig")
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,16 @@ class TrainerConfig(ShapleyConfig):
         """Check the ranges."""
         super().__post_init__()
         self._check_not_negative("masked_cross_entropy")
+
+
+def config_of_kind(config: object, kind: type[Config]) -> Config:
+    """The settings, by default those of this kind.
+
+    Raises:
+        ArgumentError: They are of another kind of training.
+    """
+    if config is None:
+        return kind()
+    if not isinstance(config, kind):
+        raise ArgumentError(f"config is {type(config).__name__}; expected {kind.__name__}(...).")
+    return config

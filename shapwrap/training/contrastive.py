@@ -15,13 +15,13 @@ from shapwrap.clip.shapley_clip import ShapleyCLIP
 from shapwrap.clip.texts import tokens_of
 from shapwrap.errors import ArgumentError, BackboneTypeError, TrainingError
 from shapwrap.training import engine
+from shapwrap.training.config import config_of_kind
 from shapwrap.training.contrastive_config import ContrastiveConfig
 from shapwrap.training.contrastive_objective import ContrastiveObjective
 from shapwrap.training.contrastive_validation import validate_contrastive
 from shapwrap.training.fresh_coalitions import fresh_coalitions
 from shapwrap.training.loop import Loop
 from shapwrap.training.position import Position
-from shapwrap.training.resumable_data import ResumableData
 
 LARGEST_SCALE = math.log(100)
 
@@ -48,8 +48,8 @@ class ContrastiveTrainer(Loop):
 
     Raises:
         BackboneTypeError: `clip` is no image-text model.
-        ArgumentError: SigLIP's loss for a model without a logit bias, or a Shapley weight for one
-            that is not wrapped.
+        ArgumentError: SigLIP's loss for a model without a logit bias, a Shapley weight for one
+            that is not wrapped, or a configuration of another kind.
         TrainingError: The data is not iterable, has no length and `steps_per_epoch` is unset, or
             all parameters are frozen.
     """
@@ -69,7 +69,7 @@ class ContrastiveTrainer(Loop):
                 f"clip is {type(clip).__name__}; expected ShapleyCLIP(model). Train a "
                 "ShapleyWrapper with Trainer."
             )
-        self.config = config or ContrastiveConfig()
+        self.config = config_of_kind(config, ContrastiveConfig)
         self.clip = clip if isinstance(clip, ShapleyCLIP) else None
         self._towers: Any = clip.model if isinstance(clip, ShapleyCLIP) else clip
         if self.clip is None and self.config.shapley_weight > 0:
@@ -84,14 +84,13 @@ class ContrastiveTrainer(Loop):
             )
         with self._text_frozen():
             super().__init__(
-                clip, train_data, config=self.config, head=head, accelerator=accelerator
+                clip, train_data, val_data, config=self.config, head=head, accelerator=accelerator
             )
         self.objective = ContrastiveObjective(
             self.config,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self._val_data = None if val_data is None else self._prepare_data(val_data)
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
@@ -124,14 +123,7 @@ class ContrastiveTrainer(Loop):
         Raises:
             TrainingError: There is no data.
         """
-        batches = self._val_data if data is None else self._prepare_data(data)
-        if batches is None:
-            raise TrainingError(
-                "no validation data; pass val_data to ContrastiveTrainer, or data here."
-            )
-        if isinstance(batches, ResumableData):
-            # Every validation draws the same captions.
-            batches.set_epoch(0)
+        batches = self._validation_batches(data)
         return validate_contrastive(
             self.model,
             self.clip,
@@ -181,11 +173,7 @@ class ContrastiveTrainer(Loop):
         return terms
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TrainingError(
-                f"a batch is {type(batch).__name__}; expected a pair (images, token ids)."
-            )
-        images, texts = batch
+        images, texts = self._pair(batch, "(images, token ids)")
         if not isinstance(images, Tensor):
             raise TrainingError(f"images are {type(images).__name__}; expected a tensor.")
         tokens = tokens_of(texts, None if self.clip is None else self.clip.tokenizer)

@@ -7,6 +7,7 @@ from torch import Tensor
 from shapwrap.clip.output import ContrastiveOutput, Embeddings
 from shapwrap.errors import MissingDependencyError
 from shapwrap.losses import shapley_loss
+from shapwrap.masking.pooling import compute_dtype
 from shapwrap.training.contrastive_config import ContrastiveConfig
 from shapwrap.training.gathering import gathered
 
@@ -37,8 +38,9 @@ class Features(NamedTuple):
             # The first four of a ContrastiveOutput are in the order of open_clip's tuple.
             parts = [*tuple(output)[:4], None][:4]  # pyright: ignore[reportArgumentType]
         images, texts, scale, bias = parts
-        # The text tower may have run in half precision.
-        return cls(images, texts.to(images.dtype), scale, bias)
+        # The towers may have run in half precision: texts always, images of a plain model.
+        dtype = compute_dtype(images)
+        return cls(images.to(dtype), texts.to(dtype), scale, bias)
 
 
 class ContrastiveObjective:

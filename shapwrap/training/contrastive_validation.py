@@ -1,6 +1,5 @@
 """Contrastive loss, retrieval within batches, and skill, on validation data."""
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from shapwrap.audit import residuals
 from shapwrap.clip.shapley_clip import ShapleyCLIP
-from shapwrap.errors import TrainingError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.training.contrastive_config import ContrastiveConfig
 from shapwrap.training.contrastive_objective import ContrastiveObjective, Features
 from shapwrap.training.fresh_coalitions import fresh_coalitions
+from shapwrap.training.validation import averaged
 
 
 @torch.no_grad()
@@ -65,16 +64,10 @@ def validate_contrastive(
                 game = output.for_texts(whole.texts)
                 found.append(gather(torch.stack(residuals(game, coalitions), dim=1)))
             rows.append(torch.cat(found, dim=1).cpu().double())
-    if not rows:
-        raise TrainingError("the validation data has no batch; expected (images, token ids).")
-    means = torch.cat(rows).mean(dim=0).tolist()
-    names = ("contrastive_loss", "image_to_text_r1", "text_to_image_r1")
-    names += ("residual", "trivial_residual")
-    metrics: dict[str, float] = dict(zip(names, means, strict=False))
+    names = ["contrastive_loss", "image_to_text_r1", "text_to_image_r1"]
     if clip is not None:
-        residual, trivial = metrics["residual"], metrics["trivial_residual"]
-        metrics["skill"] = 1 - residual / trivial if trivial > 0 else math.nan
-    return {**metrics, "images": float(sum(len(row) for row in rows))}
+        names += ["residual", "trivial_residual"]
+    return averaged(rows, names, "(images, token ids)")
 
 
 def _of_batch(objective: ContrastiveObjective, features: Features) -> Tensor:

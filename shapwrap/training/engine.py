@@ -70,9 +70,7 @@ def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> It
                 generator.manual_seed(seed)
         return prepared
     if not isinstance(data, Iterable):
-        raise TrainingError(
-            f"the data is {type(data).__name__}; expected an iterable of (images, labels)."
-        )
+        raise TrainingError(f"the data is {type(data).__name__}; expected an iterable of batches.")
     if accelerator.num_processes > 1:
         raise TrainingError(
             f"the data is {type(data).__name__}; with {accelerator.num_processes} processes only "
@@ -105,5 +103,5 @@ def batches_per_epoch(data: Iterable[Any], config: LoopConfig) -> int:
             "set steps_per_epoch in the configuration."
         ) from error
     if length == 0:
-        raise TrainingError("the training data is empty; expected (images, labels) pairs.")
+        raise TrainingError("the training data is empty; expected at least one batch.")
     return length

@@ -22,6 +22,7 @@ from shapwrap.training.loss_window import LossWindow
 from shapwrap.training.optimizer import make_optimizer, make_scheduler
 from shapwrap.training.position import Position
 from shapwrap.training.random_stream import RandomStream, global_states_kept
+from shapwrap.training.resumable_data import ResumableData
 
 
 class Loop(ABC):
@@ -31,6 +32,7 @@ class Loop(ABC):
         module: What is trained, in place. It is called once a step, as several processes need it.
         train_data: Any iterable of batches that can be iterated once an epoch: a DataLoader, a
             list of batches. Several processes need a DataLoader, which is split.
+        val_data: The same for validation.
         config: Settings.
         head: Parameters that learn faster, by `head_multiplier`; by default what the module's own
             `head_parameters()` tells.
@@ -44,6 +46,7 @@ class Loop(ABC):
         self,
         module: nn.Module,
         train_data: Iterable[Any],
+        val_data: Iterable[Any] | None = None,
         *,
         config: LoopConfig,
         head: Iterable[nn.Parameter] | None = None,
@@ -54,6 +57,7 @@ class Loop(ABC):
         self._directory = Path(config.output_dir) if config.output_dir else None
         self.history = History(self._directory if self.accelerator.is_main_process else None)
         self._train_data = self._prepare_data(train_data)
+        self._val_data = None if val_data is None else self._prepare_data(val_data)
         self._batches = engine.batches_per_epoch(self._train_data, config)
         steps = config.epochs * math.ceil(self._batches / config.accumulation)
         self.total_steps = min(steps, config.max_steps or steps)
@@ -260,17 +264,39 @@ class Loop(ABC):
         for batch in data:
             yield self._unpack(batch)
 
+    def _validation_batches(self, data: Iterable[Any] | None = None) -> Iterable[Any]:
+        """These batches, split among processes; those of the validation data if None.
+
+        Raises:
+            TrainingError: There are none.
+        """
+        batches = self._val_data if data is None else self._prepare_data(data)
+        if batches is None:
+            raise TrainingError(
+                f"no validation data; pass val_data to {type(self).__name__}, or data here."
+            )
+        if isinstance(batches, ResumableData):
+            # Every validation draws the same.
+            batches.set_epoch(0)
+        return batches
+
+    def _pair(self, batch: Any, expected: str) -> tuple[Any, Any]:
+        """The two parts of a batch.
+
+        Raises:
+            TrainingError: It has others.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TrainingError(f"a batch is {type(batch).__name__}; expected a pair {expected}.")
+        return batch[0], batch[1]
+
     def _labelled(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and labels on the device.
 
         Raises:
             TrainingError: Something else.
         """
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TrainingError(
-                f"a batch is {type(batch).__name__}; expected a pair (images, labels)."
-            )
-        images, targets = self._moved(batch)
+        images, targets = self._moved(self._pair(batch, "(images, labels)"))
         if not isinstance(targets, Tensor):
             raise TrainingError(
                 f"labels are {type(targets).__name__}; expected a tensor, one label an image."

@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 
 from shapwrap.backbones.whole_model import mean_output
 from shapwrap.choosing import Request
-from shapwrap.errors import ArgumentError, BackboneTypeError, ShapwrapError, TrainingError
+from shapwrap.errors import ArgumentError, BackboneTypeError, ShapwrapError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.training import engine
-from shapwrap.training.config import LoopConfig
+from shapwrap.training.config import LoopConfig, config_of_kind
 from shapwrap.training.loop import Loop
 from shapwrap.training.objective import TaskLoss, cross_entropy
 from shapwrap.training.position import Position
+from shapwrap.training.validation import averaged
 from shapwrap.wrapper import ShapleyWrapper
 from shapwrap.wrapping import wrap
 
@@ -58,7 +59,7 @@ def fine_tune(
             f"model is {type(model).__name__}; expected a plain nn.Module. Train a ShapleyWrapper "
             "with Trainer."
         )
-    config = config or LoopConfig()
+    config = config_of_kind(config, LoopConfig)
     # With one rate for all there is no need to know.
     found = _classifier(model, head) if config.head_multiplier != 1 else []
     loop = _FineTuning(model, train_data, val_data, config, found, task_loss, accelerator)
@@ -78,9 +79,10 @@ class _FineTuning(Loop):
         task_loss: TaskLoss | None,
         accelerator: Accelerator | None,
     ):
-        super().__init__(model, train_data, config=config, head=head, accelerator=accelerator)
+        super().__init__(
+            model, train_data, val_data, config=config, head=head, accelerator=accelerator
+        )
         self._task_loss = task_loss
-        self._val_data = None if val_data is None else self._prepare_data(val_data)
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, targets = batch
@@ -99,21 +101,19 @@ class _FineTuning(Loop):
     def _validate(self) -> dict[str, float] | None:
         if self._val_data is None:
             return None
-        split = isinstance(self._val_data, DataLoader)
+        batches = self._validation_batches()
+        split = isinstance(batches, DataLoader)
         rows: list[Tensor] = []
         with evaluation_mode(self.model.modules()):
-            for images, targets in self._on_device(self._val_data):
+            for images, targets in self._on_device(batches):
                 with engine.autocast(self.accelerator, self._settings):
                     predicted = mean_output(self.model(images)).argmax(dim=1)
                 labels = targets.argmax(dim=1) if targets.ndim == 2 else targets
                 row = (predicted == labels).to(torch.float32)
                 # The last batch of a split loader is filled up with images seen before.
                 gathered: Any = self.accelerator.gather_for_metrics(row) if split else row
-                rows.append(gathered.cpu())
-        if not rows:
-            raise TrainingError("the validation data has no batch; expected (images, labels).")
-        correct = torch.cat(rows)
-        return {"accuracy": correct.double().mean().item(), "images": float(len(correct))}
+                rows.append(gathered.cpu().double()[:, None])
+        return averaged(rows, ["accuracy"], "(images, labels)")
 
 
 def _classifier(model: nn.Module, head: nn.Module | str | None) -> list[nn.Parameter]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shapwrap.clip.shapley_clip import ShapleyCLIP
-from shapwrap.errors import BackboneTypeError, TrainingError
+from shapwrap.errors import BackboneTypeError
 from shapwrap.training import engine
-from shapwrap.training.config import TrainerConfig
+from shapwrap.training.config import TrainerConfig, config_of_kind
 from shapwrap.training.fresh_coalitions import fresh_coalitions
 from shapwrap.training.loop import Loop
 from shapwrap.training.objective import Objective, TaskLoss
@@ -33,6 +33,7 @@ class Trainer(Loop):
 
     Raises:
         BackboneTypeError: `wrapped` is not a ShapleyWrapper.
+        ArgumentError: A configuration of another kind.
         TrainingError: The data is not iterable, or has no length and `steps_per_epoch` is unset.
     """
 
@@ -56,11 +57,10 @@ class Trainer(Loop):
             raise BackboneTypeError(
                 f"wrapped is {type(wrapped).__name__}; expected ShapleyWrapper(model)."
             )
-        self.config = config or TrainerConfig()
+        self.config = config_of_kind(config, TrainerConfig)
         self.wrapped = wrapped
         self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
-        super().__init__(wrapped, train_data, config=self.config, accelerator=accelerator)
-        self._val_data = None if val_data is None else self._prepare_data(val_data)
+        super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
@@ -88,9 +88,7 @@ class Trainer(Loop):
         Raises:
             TrainingError: There is no data.
         """
-        batches = self._val_data if data is None else self._prepare_data(data)
-        if batches is None:
-            raise TrainingError("no validation data; pass val_data to Trainer, or data here.")
+        batches = self._validation_batches(data)
         return validate(
             self.model,
             self._on_device(batches),

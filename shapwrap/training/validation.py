@@ -1,7 +1,7 @@
 """Accuracy and skill on validation data, the same coalitions each time."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -62,13 +62,25 @@ def validate(
             # loader knows, and only where accelerate prepared it.
             gathered: Any = accelerator.gather_for_metrics(row) if split else row
             rows.append(gathered.cpu().double())
+    return averaged(rows, ("accuracy", "residual", "trivial_residual"), "(images, labels)")
+
+
+def averaged(rows: list[Tensor], names: Sequence[str], expected: str) -> dict[str, float]:
+    """Means over all images by name, the skill where there are residuals, and `images`.
+
+    Args:
+        rows: One row an image, one number a name, by batch.
+        names: Of the numbers.
+        expected: What a batch is.
+
+    Raises:
+        TrainingError: There is no batch.
+    """
     if not rows:
-        raise TrainingError("the validation data has no batch; expected (images, labels) pairs.")
-    accuracy, residual, trivial = torch.cat(rows).mean(dim=0).tolist()
-    return {
-        "accuracy": accuracy,
-        "skill": 1 - residual / trivial if trivial > 0 else math.nan,
-        "residual": residual,
-        "trivial_residual": trivial,
-        "images": float(sum(len(row) for row in rows)),
-    }
+        raise TrainingError(f"the validation data has no batch; expected {expected}.")
+    whole = torch.cat(rows)
+    metrics: dict[str, float] = dict(zip(names, whole.mean(dim=0).tolist(), strict=True))
+    if "residual" in metrics:
+        residual, trivial = metrics["residual"], metrics["trivial_residual"]
+        metrics["skill"] = 1 - residual / trivial if trivial > 0 else math.nan
+    return metrics | {"images": float(len(whole))}

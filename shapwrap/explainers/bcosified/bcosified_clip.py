@@ -32,6 +32,7 @@ from shapwrap.explainers.trained.data import first_images
 from shapwrap.explainers.trained.surrogate import precision_of
 from shapwrap.explanation import Explanation
 from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import runs
 
 Channels = Literal["normalised", "pixels"]
@@ -46,8 +47,8 @@ class BcosifiedCLIP(Explainer):
     copy's similarities, to which the values of one text sum exactly.
 
     Args:
-        model: An open_clip model with a ModifiedResNet, that tower alone, or a B-cosified tower
-            that is trained already. It is copied, never changed.
+        model: An open_clip model with a ModifiedResNet, a `ZeroShotClassifier` of one, that tower
+            alone, or a B-cosified tower that is trained already. It is copied, never changed.
         texts: Strings, token ids [T, L], or embeddings [T, E]; the latter for a tower alone.
         tokenizer: From strings to token ids.
         config: Settings of the training.
@@ -274,13 +275,14 @@ class BcosifiedCLIP(Explainer):
     @torch.no_grad()
     def _places(self, images: Images, target: Int[Tensor, " batch"]) -> Tensor:
         similarity = self._explained.similarity
-        found = similarity.of_places(similarity.tower.encode(images))
+        with without_autocast(images):
+            found = similarity.of_places(similarity.tower.encode(images))
         asked = found.gather(2, target[:, None, None].expand(-1, found.shape[1], 1))
         return in_full(asked[:, :, 0] / found.shape[1])
 
     @torch.no_grad()
     def _check_size(self, original: nn.Module, images: Images) -> None:
-        if not runs(original, images.to(next(original.parameters()))):
+        if not runs(original, images.to(precision_of(original))):
             raise ImageError(
                 f"the original tower refuses images of {images.shape[-2]} x {images.shape[-1]} "
                 f"pixels; it was built for {self._explained.similarity.tower.image_size}. Resize "

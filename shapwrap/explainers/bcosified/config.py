@@ -1,5 +1,6 @@
 """Settings of the B-cosification of a CLIP tower; defaults after the authors' code."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,8 +58,11 @@ class BcosifiedConfig:
             raise ArgumentError(
                 f"loss is {self.loss!r}; expected one of {get_args(DistillationLoss)}."
             )
-        if not self.logit_scale > 0:
-            raise ArgumentError(f"logit_scale is {self.logit_scale}; expected more than 0.")
+        if not 0 < self.logit_scale < math.inf or not math.isfinite(self.logit_bias):
+            raise ArgumentError(
+                f"logit_scale is {self.logit_scale} and logit_bias {self.logit_bias}; expected "
+                "finite numbers, and a scale of more than 0."
+            )
 
     def b_at(self, step: int, total_steps: int) -> float:
         """B of an optimizer step."""

@@ -12,6 +12,7 @@ from shapwrap.explainers.bcosified.similarity import BcosifiedSimilarity
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.trained.surrogate import precision_of
 from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.masking.pooling import without_autocast
 from shapwrap.probing import FAILURES
 
 
@@ -32,8 +33,9 @@ class ExplainedTower(ExplainedModel):
         return images.to(precision_of(self.similarity))
 
     def logits(self, images: Images) -> Logits:
-        """Similarities with each text, [B, T]."""
-        return super().logits(self.cast(images))
+        """Similarities with each text, [B, T]; as what contributes to them, not in autocast."""
+        with without_autocast(images):
+            return super().logits(self.cast(images))
 
     def check(self, images: Tensor) -> None:
         """Raise unless the images can be explained.

@@ -11,6 +11,7 @@ from shapwrap.backbones.base import Normalization
 from shapwrap.explainers.bcosified.dynamic import explanation_mode
 from shapwrap.explainers.bcosified.similarity import BcosifiedSimilarity
 from shapwrap.explainers.bcosified.tower import Encoded
+from shapwrap.masking.pooling import without_autocast
 
 
 class LinearSummary(NamedTuple):
@@ -46,14 +47,14 @@ def linear_summary(
 ) -> LinearSummary:
     """W(x) of each image for one text each, from one forward and one backward pass.
 
-    Exact in eval mode. Gradients of the parameters are neither made nor moved.
+    Exact in eval mode, out of autocast. Gradients of the parameters are neither made nor moved.
 
     Args:
         similarity: Of images and texts.
         images: As the tower takes them.
         target: Index of the text of each image.
     """
-    with torch.enable_grad(), explanation_mode(similarity):
+    with torch.enable_grad(), explanation_mode(similarity), without_autocast(images):
         encoded = similarity.tower.encode(images).detach().requires_grad_()
         scores = similarity.of_encoded(encoded).gather(1, target[:, None])[:, 0]
         (weights,) = torch.autograd.grad(scores.sum(), encoded)

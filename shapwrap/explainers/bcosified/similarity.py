@@ -1,5 +1,6 @@
 """How well images match texts: the cosine of the pooled embedding, or a mean over places."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -43,8 +44,8 @@ class BcosifiedSimilarity(nn.Module, Dynamic):
         super().__init__()
         if reading not in get_args(Reading):
             raise ArgumentError(f"reading is {reading!r}; expected one of {get_args(Reading)}.")
-        if not cosine_power >= 1:
-            raise ArgumentError(f"cosine_power is {cosine_power}; expected 1 or more.")
+        if not 1 <= cosine_power < math.inf:
+            raise ArgumentError(f"cosine_power is {cosine_power}; expected 1 or more, and finite.")
         if reading == "pooled" and cosine_power != 1:
             raise ArgumentError(
                 f"cosine_power is {cosine_power} with reading='pooled', which has one cosine an "

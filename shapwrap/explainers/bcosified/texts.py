@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shapwrap.backbones.image_text import reads_texts
 from shapwrap.clip.texts import Texts, Tokenizer, text_embeddings
+from shapwrap.clip.zero_shot import ZeroShotClassifier
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explainers.explained_model import Model
 from shapwrap.masking.batch_norm import evaluation_mode
@@ -23,6 +24,8 @@ def tower_of(model: Model) -> nn.Module:
         raise BackboneTypeError(
             f"model is {model!r}; expected an open_clip model with a ModifiedResNet, or that tower."
         )
+    if isinstance(model, ZeroShotClassifier):
+        return model.tower
     visual: Any = model.visual if reads_texts(model) else model
     return visual
 
@@ -41,8 +44,8 @@ def embeddings_of(
     Raises:
         ArgumentError: Strings or token ids for a tower alone, or what `text_embeddings` says.
     """
-    given: Any = model
-    encode = given.encode_text if reads_texts(model) else _no_encoder
+    given: Any = model.model if isinstance(model, ZeroShotClassifier) else model
+    encode: Any = given.encode_text if reads_texts(given) else _no_encoder
     device = next(given.parameters()).device
     with torch.no_grad(), evaluation_mode(list(given.modules())):
         return text_embeddings(texts, encode, tokenizer, width, device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap._types import Coalitions, CoalitionValues, Grid, Images, Logits
+from shapwrap.images import first_weight
 from shapwrap.masking.batch_norm import evaluation_mode
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -76,5 +77,6 @@ def own_copy(model: Module) -> Module:
 
 
 def precision_of(module: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
-    """Of the parameters, or the default where there are none."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
+    """That in which a network takes images, or the default where it has no weights."""
+    weight = first_weight(module)
+    return default if weight is None else weight.dtype
