@@ -11,7 +11,7 @@ from shapwrap._types import CoalitionValues, Images
 from shapwrap.coalitions.sampling import Distribution, sample_coalitions
 from shapwrap.errors import ArgumentError
 from shapwrap.images import check_finite
-from shapwrap.values.game import spread_evenly, squared_error
+from shapwrap.values.game import spread_evenly, squared_error, total_of_pairs
 from shapwrap.values.output import ShapleyOutput
 
 
@@ -48,9 +48,12 @@ class Audit:
 
 
 def residuals(output: ShapleyOutput, coalitions: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual and trivial residual of each image, [B] each, in squared logits."""
+    """Residual and trivial residual of each image, [B] each, in squared logits.
+
+    The coalitions must be complement pairs.
+    """
     explained: CoalitionValues = output.estimates
-    trivial = spread_evenly(output.logits, coalitions)
+    trivial = spread_evenly(total_of_pairs(explained)[:, 0], coalitions)
     return (
         squared_error(output.values, explained).mean(dim=(1, 2)),
         squared_error(output.values, trivial).mean(dim=(1, 2)),

@@ -29,6 +29,7 @@ from shapwrap.errors import (
     UnsupportedBackboneError,
 )
 from shapwrap.probing import FAILURES, check_image_size, random_images, runs
+from shapwrap.readout.class_token import ClassTokenReadout
 from shapwrap.readout.head import Head, new_head
 from shapwrap.readout.readouts import CosineReadout, ReadoutName
 from shapwrap.values.game import logits_of
@@ -176,7 +177,30 @@ def _masking(backbone: Backbone, images: Images, request: Request) -> Masking:
     reads_patches = not backbone.ignores_patches(images)
     backbone.choose_prefix(request.prefix_tokens, head_reads_patches=reads_patches)
     check_removal(backbone, images)
+    if request.readout == ClassTokenReadout.name:
+        _read_class_token(backbone, request, reads_patches=reads_patches)
     return "zero-mask" if request.masking == "zero-mask" else "token-removal"
+
+
+def _read_class_token(backbone: TokenBackbone, request: Request, *, reads_patches: bool) -> None:
+    """Keeps the class token and its head.
+
+    Raises:
+        ReadoutError: There is none, the patches shall not see it, or nobody can be left out.
+    """
+    name = type(backbone.model).__name__
+    if reads_patches:
+        raise ReadoutError(
+            f"readout='class-token' was asked for, but the head of {name} reads its patches; "
+            "expected a head that reads a class token alone. Use readout='auto'."
+        )
+    if request.masking == "zero-mask" or request.prefix_tokens == "drop":
+        raise ReadoutError(
+            f"readout='class-token' came with masking={request.masking!r} and prefix_tokens="
+            f"{request.prefix_tokens!r}; expected token removal, with a class token that sees "
+            "patches. Leave both options out, or use readout='auto'."
+        )
+    backbone.read_class_token()
 
 
 def _keeps_head(backbone: Backbone) -> bool:
@@ -200,7 +224,8 @@ def _attempt(
     like = backbone.features(images).features.mean(dim=1)
     made = None
     if request.num_classes is not None:
-        made = new_head(backbone, backbone.pre_logits(like).shape[1], request.num_classes)
+        width = backbone.pre_logits(backbone.read_by_head(like)).shape[1]
+        made = new_head(backbone, width, request.num_classes)
     replacement = request.head if isinstance(request.head, nn.Module) else made
     if request.features is not None and backbone.classifiers():
         # The head that was passed is a submodule of the model.
@@ -216,7 +241,7 @@ def _attempt(
         hidden = output
     else:
         _check_last(backbone, images, output)
-    if reads_patches:
+    if reads_patches or head.reads_class_token:
         complete = _original_features(backbone, images)
         pooled = head.readout.pooled(complete.mean(dim=1))
         _check_pooling(backbone, "the input of its classifier", hidden, pooled)
@@ -233,7 +258,7 @@ def _attempt(
         images=images,
         original=output,
         logit_difference=logit_difference(head, backbone, images, output),
-        reads_patches=reads_patches,
+        reads_patches=reads_patches or head.reads_class_token,
         why_not_removal="",
     )
 
@@ -264,7 +289,7 @@ def _make_head(
     except RuntimeError as error:
         if replacement is None or isinstance(error, ShapwrapError):
             raise
-        width = backbone.pre_logits(like).shape[1]
+        width = backbone.pre_logits(backbone.read_by_head(like)).shape[1]
         raise ReadoutError(
             f"head does not take the {width} features that the classifier of "
             f"{type(backbone.model).__name__} reads ({error}); expected nn.Linear({width}, "
@@ -281,7 +306,7 @@ def _original_features(backbone: Backbone, images: Images) -> Tensor:
         # The model itself has its prefix, whatever becomes of it in the wrapped one.
         chosen, backbone.prefix_tokens = backbone.prefix_tokens, "keep"
         try:
-            return backbone.weigh(tokens, everyone, num_prefix)
+            return backbone.read(tokens, everyone, num_prefix, copies=1)
         finally:
             backbone.prefix_tokens = chosen
     return backbone.features(images).features

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from shapwrap import audit as auditing
 from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
-from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.image_text import reads_texts
 from shapwrap.backbones.stride_one import restore
 from shapwrap.choosing import Request
@@ -23,6 +22,7 @@ from shapwrap.coalitions.checks import (
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError, BackboneTypeError
 from shapwrap.explanation import Explanation, check_target
+from shapwrap.facts import Facts
 from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
@@ -33,7 +33,7 @@ from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapping import unused_parameters, wrap
 
 
-class ShapleyWrapper(nn.Module):
+class ShapleyWrapper(Facts, nn.Module):
     """A drop-in replacement of a model whose logits are sums of patch values.
 
     For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],
@@ -171,9 +171,9 @@ class ShapleyWrapper(nn.Module):
         coalitions = coalitions.to(images.device, non_blocking=True)
         means = self._wrapping.masked_means(images, coalitions, paired)
         with without_autocast(images):
-            channels = head.draw_dropout(features, training=self.training)
-            logits, estimates = game.logits_and_estimates(head, features, coalitions, channels)
-            values = game.values_of(head, means, coalitions, channels)
+            drawn = game.draw(head, features, training=self.training)
+            logits, estimates = game.logits_and_estimates(head, features, coalitions, *drawn)
+            values = game.values_of(head, means, coalitions, *drawn)
         return ShapleyOutput(logits, values, estimates)
 
     def attribute(self, images: Tensor) -> PatchValues:
@@ -218,14 +218,14 @@ class ShapleyWrapper(nn.Module):
         check_coalitions(coalitions, images.shape[0], self.patches_of(images))
         if chunk_size is not None and chunk_size < 1:
             raise ArgumentError(f"chunk_size is {chunk_size}; expected at least 1.")
-        paired = are_complement_pairs(coalitions)
+        paired, head = are_complement_pairs(coalitions), self._wrapping.head
         step = chunk_size or coalitions.shape[1]
         step = max(2, step // 2 * 2) if paired else step
         parts = []
         for part in coalitions.to(images.device).split(step, dim=1):
             means = self._wrapping.masked_means(images, part, paired)
             with without_autocast(images):
-                parts.append(game.values_of(self._wrapping.head, means, part, None))
+                parts.append(game.values_of(head, means, part, None, game.baseline_of(head)))
         return torch.cat(parts, dim=1)
 
     # --- explanations -------------------------------------------------------------------------
@@ -333,22 +333,7 @@ class ShapleyWrapper(nn.Module):
         games = PatchGames(self, image, self._wrapping.grid_of(image), players, chunk_size)
         return PatchGame(games, check_target(target, games.grand_values))
 
-    # --- facts --------------------------------------------------------------------------------
-
-    @property
-    def grid(self) -> Grid:
-        """Rows and columns of patches at the size that the model was wrapped for."""
-        return self._wrapping.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the model was wrapped for."""
-        return self._wrapping.image_size
-
-    @property
-    def num_patches(self) -> int:
-        """N, rows times columns."""
-        return self.grid[0] * self.grid[1]
+    # --- the model, as a model ----------------------------------------------------------------
 
     def grid_of(self, images: Tensor) -> Grid:
         """Rows and columns of patches of these images, whose size may be another.
@@ -371,28 +356,6 @@ class ShapleyWrapper(nn.Module):
         """Height and width in pixels over which the patches lie, from the upper left corner."""
         size = (images.shape[-2], images.shape[-1])
         return self._wrapping.backbone.covered(size, self.grid_of(images))
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-        return self._wrapping.head.classifier.num_classes
-
-    @property
-    def baseline(self) -> float:
-        """V of the empty coalition: 0, since an empty sum of patch values is."""
-        return 0.0
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the K classes, given or told by the model."""
-        if self._class_names is not None or self.new_head is not None:
-            return self._class_names
-        return self._wrapping.backbone.class_names()
-
-    @property
-    def normalization(self) -> Normalization | None:
-        """Mean and standard deviation of the channels, where the model tells."""
-        return self._wrapping.backbone.normalization()
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the classifier, for a learning rate of their own."""

@@ -25,7 +25,7 @@ LAYERS = [
     ["losses", "probing", "flops"],
     ["choosing"],
     ["wrapping"],
-    ["explanation", "audit", "report"],
+    ["explanation", "audit", "report", "facts"],
     ["plotting"],
     ["wrapper"],
     ["clip"],

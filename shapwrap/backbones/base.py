@@ -76,6 +76,10 @@ class Backbone(ABC):
         """What the pretrained head makes of one pooled feature, just before its classifier."""
         return pooled
 
+    def read_by_head(self, pooled: PooledFeatures) -> Float[Tensor, "items read"]:
+        """The part of pooled features that the head reads: by default all of it."""
+        return pooled
+
     def project(self, hidden: Tensor) -> Tensor:
         """The last, affine layers of `pre_logits`; by default none.
 

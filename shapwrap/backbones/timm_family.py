@@ -82,7 +82,10 @@ class TimmFamily(Backbone):
         raise NotImplementedError
 
     def classifier_dropout(self) -> float:
-        """Timm's `drop_rate`, applied to the input of the classifier."""
+        """Of `head_drop`, or timm's `drop_rate`, applied to the input of the classifier."""
+        layer = getattr(self.trunk, "head_drop", None)
+        if isinstance(layer, nn.Dropout):
+            return layer.p
         return float(getattr(self.trunk, "drop_rate", 0.0) or 0.0)
 
     def image_size(self) -> tuple[int, int]:

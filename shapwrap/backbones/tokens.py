@@ -8,7 +8,14 @@ from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Coalitions, Grid, Images, PatchFeatures, PatchMask
+from shapwrap._types import (
+    Coalitions,
+    Grid,
+    Images,
+    PatchFeatures,
+    PatchMask,
+    PooledFeatures,
+)
 from shapwrap.backbones.attention_pooling import Part
 from shapwrap.backbones.base import Backbone, Embedding, FeatureMap
 from shapwrap.backbones.positions import Positions
@@ -55,6 +62,9 @@ class TokenBackbone(Backbone):
 
     prefix_tokens: PrefixTokens = "drop"
     """Whether patches can see class and register tokens."""
+
+    reads_class_token: bool = False
+    """Whether the features of a patch are followed by the class token; see `read_class_token`."""
 
     @abstractmethod
     def embed(self, images: Images) -> TokenSequence:
@@ -109,11 +119,33 @@ class TokenBackbone(Backbone):
                 f"prefix_tokens is {prefix_tokens!r}; expected 'auto', 'drop' or 'keep'."
             )
 
+    def read_class_token(self) -> None:
+        """From now on each patch feature is followed by what the class token says, [e_n, c].
+
+        c is the class token of the image, or of the coalition, that the patch belongs to; its mean
+        over any of the patches is itself.
+        """
+        self.prefix_tokens = "keep"
+        self.reads_class_token = True
+
+    def read_by_head(self, pooled: PooledFeatures) -> Float[Tensor, "items read"]:
+        """The class token's half, where the head reads that."""
+        return pooled.chunk(2, dim=-1)[1] if self.reads_class_token else pooled
+
+    def class_token_alone(self) -> PooledFeatures:
+        """[1, D], what the class token says of no patch at all; the same for all images."""
+        size = self.image_size()
+        images = torch.zeros(1, self.in_channels(size), *size).to(self.parameter)
+        sequence = self.embed(images)
+        nobody = torch.arange(0, device=images.device)
+        tokens, positions, _ = self._assemble(sequence.take(nobody), copies=1)
+        return self.encode(tokens, positions, None)[:, 0]
+
     def features(self, images: Images) -> FeatureMap:
         """Patch features of the whole image."""
         encoded, sequence, num_prefix = self.whole_tokens(images)
         everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
-        return FeatureMap(self.weigh(encoded, everyone, num_prefix), sequence.grid)
+        return FeatureMap(self.read(encoded, everyone, num_prefix, copies=1), sequence.grid)
 
     def weigh(self, tokens: EncodedTokens, part: Part, num_prefix: int) -> PatchFeatures:
         """Patch features whose mean is what the head reads; by default the patch tokens.
@@ -130,7 +162,7 @@ class TokenBackbone(Backbone):
         """Patch features of images whose absent patches are zeroed."""
         encoded, _, num_prefix = self.whole_tokens(images)
         part = torch.cat((present.new_ones(len(present), num_prefix), present), dim=1)
-        return self.weigh(encoded, part, num_prefix)
+        return self.read(encoded, part, num_prefix, copies=1)
 
     def present_means(
         self,
@@ -151,7 +183,8 @@ class TokenBackbone(Backbone):
         """
         # The complements of a pair need no pass of their own.
         run = coalitions[:, 0::2] if paired else coalitions
-        features = self.weigh(*self.removed_tokens(images, run, paired=paired))
+        removed = self.removed_tokens(images, run, paired=paired)
+        features = self.read(*removed, copies=2 if paired else 1)
         features = features if embed is None else embed(features)
         present = rearrange(run, "b s n -> (b s) 1 n")
         if paired:
@@ -193,6 +226,19 @@ class TokenBackbone(Backbone):
     def prefix_scores(self, prefix: EncodedTokens) -> Float[Tensor, "items classes"]:
         """Logits of a head that reads the prefix tokens alone: by default the first of them."""
         return self.class_scores(prefix[:, 0])
+
+    def read(
+        self, tokens: EncodedTokens, part: Part, num_prefix: int, *, copies: int
+    ) -> PatchFeatures:
+        """Patch features, each followed by its part's class token where the head reads that."""
+        patches = self.weigh(tokens, part, num_prefix)
+        if not self.reads_class_token:
+            return patches
+        class_token = tokens[:, None, 0]
+        if copies == 2:
+            of_complement = tokens[:, None, num_prefix // 2]
+            class_token = torch.where(part[:, num_prefix:, None], class_token, of_complement)
+        return torch.cat((patches, class_token.expand_as(patches)), dim=2)
 
     def _assemble(
         self, sequence: TokenSequence, copies: int

@@ -9,11 +9,13 @@ from torch.nn import functional
 from shapwrap._types import PatchFeatures, PooledFeatures, PreLogits
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.classifiers import is_linear
+from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.backbones.whole_model import WholeModel
 from shapwrap.errors import MissingHeadError, ReadoutError, UnsupportedBackboneError
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
 from shapwrap.readout.choose import choose_readout
+from shapwrap.readout.class_token import ClassTokenReadout
 from shapwrap.readout.classifier import (
     Classifier,
     ClassScores,
@@ -98,6 +100,8 @@ class Head:
     ):
         if head is not None:
             check_head(head)
+        width = like.shape[-1]
+        like = backbone.read_by_head(like)
         layers = ClassifierLayers(backbone, head)
         complete = not all(is_linear(layer) for layer in layers())
         if backbone.gives_logits:
@@ -117,6 +121,10 @@ class Head:
         self.patch_layer: nn.Linear | None = None
         if isinstance(backbone, WholeModel):
             self.readout: Readout = self._share_output(backbone, like, readout)
+        elif isinstance(backbone, TokenBackbone) and backbone.reads_class_token:
+            own_width = width - like.shape[-1]
+            self.patch_layer = self._new_patch_layer(backbone, own_width)
+            self.readout = ClassTokenReadout(backbone, self.pre_logits, own_width, self.patch_layer)
         else:
             owners = [backbone.model, *([head] if head is not None else [])]
             project = None if complete else self.pre_logits.project
@@ -130,6 +138,11 @@ class Head:
     def reads_logits(self) -> bool:
         """Whether the patch scores are class scores, the classifier being part of the layers."""
         return isinstance(self.classifier, ClassScores)
+
+    @property
+    def reads_class_token(self) -> bool:
+        """Whether the pretrained head still reads the class token."""
+        return isinstance(self.readout, ClassTokenReadout)
 
     def read_cosines(self, backbone: Backbone) -> None:
         """From now on each patch is read by the direction of its own embedding.
@@ -163,8 +176,11 @@ class Head:
                 "reads no mean of its patches. Use readout='auto', or 'efficiency-gap'."
             )
         width = backbone.own_width(like)
-        self.patch_layer = new_layer(backbone, width, self.classifier.num_features, bias=False)
+        self.patch_layer = self._new_patch_layer(backbone, width)
         return EfficiencyGapReadout(self.pre_logits, width, self.patch_layer)
+
+    def _new_patch_layer(self, backbone: Backbone, width: int) -> nn.Linear:
+        return new_layer(backbone, width, self.classifier.num_features, bias=False)
 
     def draw_dropout(self, features: PatchFeatures, *, training: bool) -> Tensor | None:
         """One draw of dropout an image, [B, 1, D'], for all its patches and coalitions.

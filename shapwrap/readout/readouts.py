@@ -24,7 +24,7 @@ from shapwrap._types import (
 )
 from shapwrap.masking.pooling import compute_dtype, without_autocast
 
-ReadoutName = Literal["affine", "shared-norm", "gap", "efficiency-gap", "cosine"]
+ReadoutName = Literal["affine", "shared-norm", "gap", "efficiency-gap", "class-token", "cosine"]
 
 PreLogitFunction = Callable[[PooledFeatures], PreLogits]
 
@@ -47,6 +47,13 @@ class Readout(ABC):
     def pooled(self, means: PooledFeatures) -> PreLogits:
         """Pre-logits of pooled features, as the pretrained head computes them."""
         return self.pre_logits(means)
+
+    def nobody(self) -> PreLogits | None:
+        """Pre-logits [1, D'] of an image without patches, where the head says something of it.
+
+        None where logits are a sum over patches, which is 0 for nobody.
+        """
+        return None
 
     @abstractmethod
     def shares(self, features: PatchFeatures) -> PatchScores:

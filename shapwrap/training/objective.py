@@ -11,6 +11,7 @@ from torch.nn import functional
 from shapwrap.errors import TrainingError
 from shapwrap.losses import shapley_loss
 from shapwrap.training.config import TrainerConfig
+from shapwrap.values.game import masked_logits
 from shapwrap.values.output import ShapleyOutput
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
@@ -42,10 +43,18 @@ class Objective:
     Args:
         config: Weights of the terms.
         task_loss: Loss of clean and masked logits; cross-entropy by default.
+        has_baseline: Whether the model has logits for nobody, which v(s) leaves out.
     """
 
-    def __init__(self, config: TrainerConfig, task_loss: TaskLoss | None = None):
+    def __init__(
+        self,
+        config: TrainerConfig,
+        task_loss: TaskLoss | None = None,
+        *,
+        has_baseline: bool = False,
+    ):
         self.config = config
+        self.has_baseline = has_baseline
         self._task_loss = task_loss
 
     @property
@@ -68,9 +77,9 @@ class Objective:
         shapley = shapley_loss(output)
         masked_task = torch.zeros_like(task)
         if self.config.masked_cross_entropy > 0:
-            num = output.values.shape[1]
+            masked = masked_logits(output) if self.has_baseline else output.values
             masked_task = self._loss(
-                output.values.flatten(0, 1), targets.repeat_interleave(num, dim=0), 0.0
+                masked.flatten(0, 1), targets.repeat_interleave(masked.shape[1], dim=0), 0.0
             )
         total = (
             task

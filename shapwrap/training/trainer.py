@@ -59,7 +59,7 @@ class Trainer(Loop):
             )
         self.config = config_of_kind(config, TrainerConfig)
         self.wrapped = wrapped
-        self.objective = Objective(self.config, task_loss)
+        self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
         super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
