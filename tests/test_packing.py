@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_packing_is_the_sorted_tokens(items, length, num_parts):
         assert found.order[found.places].tolist() == list(range(items * length))
         assert found.boundaries.tolist() == boundaries
         assert found.boundaries.dtype == torch.int32
-        assert found.longest >= max(b - a for a, b in zip(boundaries, boundaries[1:], strict=False))
+        assert found.longest >= max(b - a for a, b in pairwise(boundaries))
 
 
 @pytest.mark.parametrize("kind", HANDED_ON)

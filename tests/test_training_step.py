@@ -189,7 +189,7 @@ def test_a_step_compiles_without_graph_breaks(kind):
 
 
 def _count_calls(modules):
-    counts = {module: 0 for module in modules}
+    counts = dict.fromkeys(modules, 0)
     handles = [
         module.register_forward_pre_hook(lambda m, given: counts.update({m: counts[m] + 1}))
         for module in modules
