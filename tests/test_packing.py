@@ -181,8 +181,17 @@ def test_no_packing_without_a_kernel():
     assert type(attention.pair_mask(present, 0, keep_prefix=False)) is torch.Tensor
 
 
+def test_an_older_kernel_is_left_alone(monkeypatch):
+    """That of torch 2.10 has neither scale nor window."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, ends_q, ends_k, max_q, max_k: q)
+    assert not packing._torch_has_it()
+
+
 def test_the_kernel_is_called_as_torch_has_it():
     """On the meta device the library's own operator checks its arguments."""
+    assert packing._torch_has_it()
     part = torch.zeros(2, 6, dtype=torch.long, device="meta")
     rows = torch.zeros(12, 3, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
     attended = packing.variable_length_attention(rows, rows, rows, pack(part, 2), None)

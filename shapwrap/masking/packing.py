@@ -1,6 +1,7 @@
 """Attention inside the parts of a sequence, packed: no work is spent between the parts."""
 
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -89,11 +90,20 @@ def kernel_runs_on(device: torch.device) -> bool:
 @torch.compiler.assume_constant_result
 def _cuda_kernel(index: int | None) -> bool:
     return (
-        find_spec("torch.nn.attention.varlen") is not None
+        _torch_has_it()
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(index) >= (8, 0)
     )
+
+
+def _torch_has_it() -> bool:
+    """Whether this torch has the function, with all options that are used of it."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= set(signature(varlen_attn).parameters)
 
 
 def variable_length_attention(
@@ -103,7 +113,12 @@ def variable_length_attention(
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = packing.boundaries, packing.longest
-    attended = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale)
+    # A window over everything changes no result, but keeps cuDNN out, which before 9.25 may give
+    # NaN where a part is empty.
+    window = (longest, longest)
+    attended = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=window
+    )
     return cast(Tensor, attended)
 
 
