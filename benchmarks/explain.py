@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(name, options, device) -> dict[str, Measured]:
     plain, wrapped = plain_and_wrapped(name, options.classes, options.size, device)
-    plain.eval(), wrapped.eval()
+    plain.eval()
+    wrapped.eval()
     images = random_images(options.batch, wrapped, device)
     precision = PRECISIONS[options.precision]
 

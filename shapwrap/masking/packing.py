@@ -150,11 +150,11 @@ def _attend(
                 enable_gqa=enable_gqa,
             )  # fmt: skip
         packing = attn_mask.packing
-        packed = (
+        rows, keys, values = (
             _Permute.apply(_rows(heads.to(dtype)), packing.order, packing.places)
             for heads in (query, key, value)
         )
-        attended = variable_length_attention(*packed, packing, scale)
+        attended = variable_length_attention(rows, keys, values, packing, scale)
         unpacked = _Permute.apply(attended, packing.places, packing.order)
         return unpacked.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
 
