@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from shapwrap.masking.packing import kernel_runs_on, packed_mask
+
 AttentionMask = Bool[Tensor, "#items 1 #queries keys"]
 """True where a query token may attend to a key token."""
 
@@ -14,7 +16,8 @@ def pair_mask(
     """Attention mask that runs a coalition and its complement in one pass over the tokens.
 
     A coalition and its complement partition the patches, so attention inside each part alone is
-    the same as two passes with the other part physically removed.
+    the same as two passes with the other part physically removed. Where a kernel for it runs, the
+    mask also packs the tokens of each part, so that attention costs no more than those two passes.
 
     Args:
         present: First coalition of each pair.
@@ -23,11 +26,14 @@ def pair_mask(
             Otherwise it starts with one copy, which only sees itself and is seen by no patch.
     """
     part = present.long()
+    num_parts = 2
     if num_prefix:
         shape = (present.shape[0], num_prefix)
         prefixes = [part.new_full(shape, 1), part.new_full(shape, 0)]
         part = torch.cat([*(prefixes if keep_prefix else [part.new_full(shape, 2)]), part], dim=1)
-    return (part[:, :, None] == part[:, None, :])[:, None]
+        num_parts = 2 if keep_prefix else 3
+    mask = (part[:, :, None] == part[:, None, :])[:, None]
+    return packed_mask(mask, part, num_parts) if kernel_runs_on(part.device) else mask
 
 
 def removal_mask(
