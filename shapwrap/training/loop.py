@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from shapwrap.errors import CheckpointError, DataWorkerError, TrainingError
+from shapwrap.errors import CheckpointError, DataWorkerError, ShapwrapError, TrainingError
 from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
 from shapwrap.training import checkpoint, engine
 from shapwrap.training.config import LoopConfig
@@ -159,10 +159,10 @@ class Loop(ABC):
             with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
                 while position.step < self.total_steps:
                     self._run_epoch(position, bar)
+        except ShapwrapError as error:
+            self._report_end(error, position)
+            raise
         except RuntimeError as error:
-            if isinstance(error, TrainingError):
-                self._report_end(error, position)
-                raise
             if not died(error):
                 raise
             stopped = DataWorkerError(
@@ -304,7 +304,7 @@ class Loop(ABC):
                     stacklevel=2,
                 )
 
-    def _report_end(self, error: TrainingError, position: Position) -> None:
+    def _report_end(self, error: ShapwrapError, position: Position) -> None:
         self._record("stopped", position, error=type(error).__name__, reason=str(error))
 
     def _record(self, kind: str, position: Position, **what: Any) -> None:
