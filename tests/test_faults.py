@@ -184,7 +184,7 @@ def test_a_limit_of_the_system_on_the_size_of_files(tmp_path):
     trainer = _trainer(tmp_path, checkpoint_every=3)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with (
             pytest.warns(CheckpointWarning, match="could not be written"),

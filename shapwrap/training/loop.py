@@ -19,7 +19,7 @@ from shapwrap.errors import CheckpointError, DataWorkerError, ShapwrapError, Tra
 from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
 from shapwrap.training import checkpoint, engine
 from shapwrap.training.config import LoopConfig
-from shapwrap.training.faults import CheckpointWarning, died
+from shapwrap.training.faults import CheckpointWarning, death_of_worker
 from shapwrap.training.history import History
 from shapwrap.training.loader_order import ordered
 from shapwrap.training.loss_window import LossWindow
@@ -162,12 +162,13 @@ class Loop(ABC):
         except ShapwrapError as error:
             self._report_end(error, position)
             raise
-        except RuntimeError as error:
-            if not died(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            said = death_of_worker(error)
+            if said is None:
                 raise
             stopped = DataWorkerError(
-                f"a process that loads data died at or just after step {position.step}: {error} "
-                "It ran out of memory, crashed, or was killed; try fewer workers (num_workers). "
+                f"a process that loads data died at or just after step {position.step}: {said} It "
+                "ran out of memory, crashed, or was killed; try fewer workers (num_workers). "
                 f"{self._what_is_saved()}"
             )
             self._report_end(stopped, position)
