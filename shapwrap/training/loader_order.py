@@ -53,8 +53,12 @@ def samples_per_batch(loader: object) -> int | None:
 
 def _parts(loader: object) -> Iterator[Any]:
     waiting: list[Any] = [loader] if isinstance(loader, DataLoader) else []
+    seen: set[int] = set()
     while waiting:
         part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
         yield part
         inner = (getattr(part, name, None) for name in ("batch_sampler", "sampler"))
         waiting.extend(child for child in inner if child is not None and child is not part)
