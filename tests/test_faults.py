@@ -39,6 +39,24 @@ def _fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that are killed: bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(_one_thread, tmp_path_factory):
+    """Records and weights of a run that nothing disturbs."""
+    trainer = _trainer(tmp_path_factory.mktemp("whole"))
+    records = trainer.fit()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return records, _weights(trainer)
+
+
 def _images(count=12):
     images = torch.randn(count, 3, 12, 16, generator=torch.Generator().manual_seed(0))
     return TensorDataset(images, torch.arange(count) % CLASSES)
@@ -102,7 +120,7 @@ _trainer(folder).fit()
 @pytest.mark.parametrize(
     ("moment", "count"), [("step", 5), ("file", 6), ("manifest", 4), ("removal", 1)]
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, moment, count):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, moment, count):
     """In a step, in the middle of a checkpoint, before its manifest, while old ones are removed."""
     root = Path(__file__).parent.parent
     done = subprocess.run(
@@ -115,25 +133,17 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, moment, count):
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     found = checkpoint.checkpoints(tmp_path / "parts")
     assert found and int(found[-1].name[-1]) < 6, "it died before its end"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = _trainer(tmp_path / "whole")
-        expected = whole.fit()
-        parts = _trainer(tmp_path / "parts")
-        assert parts.fit(resume=True) == expected
-    finally:
-        torch.set_num_threads(threads)
-    assert _same(_weights(whole), _weights(parts))
+    expected, weights = whole
+    parts = _trainer(tmp_path / "parts")
+    assert parts.fit(resume=True) == expected
+    assert _same(weights, _weights(parts))
     assert not list((tmp_path / "parts").glob(".partial-*"))
 
 
 # --- full disk ------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_costs_no_saved_checkpoint(tmp_path, monkeypatch):
-    expected = _trainer(tmp_path / "whole")
-    expected.fit()
+def test_a_full_disk_costs_no_saved_checkpoint(tmp_path, whole, monkeypatch):
     original, calls = checkpoint.save_file, []
 
     def full(tensors, path, **options):
@@ -151,7 +161,7 @@ def test_a_full_disk_costs_no_saved_checkpoint(tmp_path, monkeypatch):
     assert len(said) == 2
     failed = [record for record in records if record["kind"] == "checkpoint_not_written"]
     assert [record["step"] for record in failed] == [3, 4]
-    assert _same(_weights(trainer), _weights(expected))
+    assert _same(_weights(trainer), whole[1])
     assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path / "parts")] == ["5", "6"]
     lines = (tmp_path / "parts" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == records
@@ -218,8 +228,8 @@ def test_a_history_that_cannot_be_written_catches_up(tmp_path, monkeypatch):
     assert len(records) == 6
 
 
-def test_a_damaged_history_does_not_stop_a_run(tmp_path):
-    expected = _trainer(tmp_path / "whole").fit()
+def test_a_damaged_history_does_not_stop_a_run(tmp_path, whole):
+    expected = whole[0]
     first = _trainer(tmp_path / "parts", checkpoint_every=4)
     _stop_after(first, 5)
     path = tmp_path / "parts" / "history.jsonl"
@@ -269,9 +279,8 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "damage", "words"), DAMAGE)
-def test_the_newest_whole_checkpoint_is_used(tmp_path, name, damage, words):
-    whole = _trainer(tmp_path / "whole")
-    expected = whole.fit()
+def test_the_newest_whole_checkpoint_is_used(tmp_path, whole, name, damage, words):
+    expected, weights = whole
     _stop_after(_trainer(tmp_path / "parts"), 4)
     newest = tmp_path / "parts" / "step-00000004"
     damage(newest / name)
@@ -279,7 +288,7 @@ def test_the_newest_whole_checkpoint_is_used(tmp_path, name, damage, words):
     parts = _trainer(tmp_path / "parts")
     with pytest.warns(CheckpointWarning, match=f"step-00000004 is not whole .*{words}"):
         records = parts.fit(resume=True)
-    assert _same(_weights(whole), _weights(parts))
+    assert _same(weights, _weights(parts))
     said = [record for record in records if record["kind"] == "checkpoint_skipped"]
     assert [(r["checkpoint"], r["step"]) for r in said] == [("step-00000004", 3)]
     assert [r for r in records if r not in said] == expected

@@ -172,14 +172,14 @@ def test_one_process_and_two(tmp_path):
     outputs = [torch.load(tmp_path / f"one-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert torch.equal(*outputs)
     # Two processes add up what one adds in another order.
-    torch.testing.assert_close(outputs[0], logits(whole), atol=1e-3, rtol=1e-3)
-    assert (logits(first) - logits(whole)).abs().max() > 0.05, "there was something to learn"
+    torch.testing.assert_close(outputs[0], logits(whole), atol=2e-4, rtol=1e-3)
+    assert (logits(first) - logits(whole)).abs().max() > 0.01, "there was something to learn"
 
     # From two to one, which takes two batches for a step.
     last = run(tmp_path / "two", STEP // 2, accumulation=2)
     last.fit(resume=True)
     _check_epochs(_union(*read("two"), last.seen), expected)
-    torch.testing.assert_close(logits(last), logits(whole), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(last), logits(whole), atol=2e-4, rtol=1e-3)
     wrong = run(tmp_path / "two", STEP, accumulation=2)
     with pytest.raises(TrainingError, match=r"settings of the run changed"):
         wrong.fit(resume=True)
@@ -284,8 +284,7 @@ def test_shards_are_shared_out_between_epochs(tmp_path):
             for rank in range(processes)
         ]
         return split, [
-            position_of(processes, rank, part, batches=len(part))
-            for rank, part in enumerate(split)
+            position_of(processes, rank, part, batches=len(part)) for rank, part in enumerate(split)
         ]
 
     streams, positions = parts(2, 3)
