@@ -324,11 +324,11 @@ def test_other_refusals(tmp_path):
     # A whole checkpoint whose digests agree, but which nobody wrote like this.
     (folder / "state.json").write_text('{"model": {"$tensor": "no"}}')
     _manifest(folder, files=checkpoint_folder._described(folder))
-    with pytest.raises(CheckpointError, match="cannot be read .KeyError"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .KeyError"):
         _trainer(tmp_path).fit(resume=True)
     for path in tmp_path.glob("step-*/manifest.json"):
         path.unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         _trainer(tmp_path).fit(resume=True)
     with pytest.raises(TrainingError, match="earlier run"):
         _trainer(tmp_path).fit()

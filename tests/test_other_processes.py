@@ -149,7 +149,7 @@ def _check_epochs(seen, expected):
     assert sorted(seen) == list(range(10))
     assert {len(found) for found in seen.values()} == {STEP}
     for epoch in (range(5), range(5, 10)):
-        assert sorted(sum((seen[step] for step in epoch), [])) == list(range(TOTAL))
+        assert sorted(number for step in epoch for number in seen[step]) == list(range(TOTAL))
     assert {step: sorted(found) for step, found in seen.items()} == expected
 
 

@@ -333,9 +333,10 @@ class Loop(ABC):
 
     def _on_device(self, data: Iterable[Any], epoch: int = 0) -> Generator[Any]:
         """Batches as training takes them, in an order that depends on seed and epoch alone."""
-        if isinstance(data, DataLoader) and hasattr(data, "set_epoch"):
+        set_epoch: Any = getattr(data, "set_epoch", None)
+        if isinstance(data, DataLoader) and set_epoch is not None:
             # accelerate counts the iterations of a process, not of the run.
-            data.set_epoch(epoch)
+            set_epoch(epoch)
         with ordered(data, derived_seed("order", self._settings.seed, epoch)):
             for batch in data:
                 yield self._unpack(batch)
