@@ -329,6 +329,13 @@ def test_the_order_is_that_of_seed_and_epoch_and_nothing_is_left_behind():
         assert torch.equal(state, torch.get_rng_state())
         assert loader.sampler.generator is None
     assert orders[0] == orders[1] != orders[2]
+    for state in (1, 2):
+        # By default accelerate puts a sampler in, whose seed is the global one of the process.
+        torch.manual_seed(state)
+        prepared = Accelerator(cpu=True).prepare_data_loader(loader)
+        with ordered(prepared, 1):
+            orders.append(list(prepared.batch_sampler.sampler))
+    assert orders[3] == orders[4]
     own = torch.Generator().manual_seed(3)
     loader = DataLoader(samples(), batch_size=20, shuffle=True, generator=own)
     with ordered(loader, 1):

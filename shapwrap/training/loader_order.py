@@ -36,6 +36,9 @@ def ordered(loader: object, seed: int) -> Iterator[None]:
     samplers = unseeded_samplers(loader)
     for sampler in samplers:
         sampler.generator = torch.Generator().manual_seed(seed)
+        if hasattr(sampler, "initial_seed"):
+            # One of accelerate's own, which sets the generator's seed itself, from this.
+            sampler.initial_seed = seed
     try:
         yield
     finally:
