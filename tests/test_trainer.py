@@ -126,7 +126,7 @@ def test_checkpoints_are_whole_or_absent(tmp_path, monkeypatch):
     trainer = _trainer(tmp_path, max_steps=8, checkpoint_every=2, keep_checkpoints=2)
     trainer.fit()
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000006", "step-00000008"]
-    monkeypatch.setattr(Accelerator, "save_state", lambda *_: (_ for _ in ()).throw(Killed()))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_, **__: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):
         _trainer(tmp_path / "other", max_steps=10, checkpoint_every=1).fit()
     assert checkpoint.checkpoints(tmp_path / "other") == []

@@ -104,6 +104,9 @@ def train(
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     limit: Annotated[int | None, typer.Option(min=1, help="At most these images.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Replace images that cannot be read.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Fine-tune a model on an image folder so that it explains itself."""
@@ -119,6 +122,7 @@ def train(
         batch_size=batch_size,
         limit=limit,
         workers=workers,
+        corrupt="skip" if skip_corrupt else "raise",
         trainer={
             "epochs": epochs,
             "max_steps": max_steps,

@@ -28,6 +28,7 @@ class TrainRequest:
     batch_size: int = 32
     limit: int | None = None
     workers: int = 0
+    corrupt: str = "raise"
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,6 +50,7 @@ def train_folder(request: TrainRequest) -> dict[str, float]:
         batch_size=request.batch_size,
         workers=request.workers,
         limit=request.limit,
+        corrupt=request.corrupt,
     )
     settings = ModelSettings(
         name=request.model,

@@ -1,16 +1,18 @@
 """Labelled image folders: one folder a class, as torchvision's ImageFolder reads them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from shapwrap.backbones.base import Normalization
+from shapwrap.data.readable import ReadableOnly, read_image
 from shapwrap.errors import ArgumentError
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
+Corrupt = Literal["raise", "skip"]
 
 
 class FolderData(NamedTuple):
@@ -19,6 +21,12 @@ class FolderData(NamedTuple):
     train: DataLoader
     validation: DataLoader
     class_names: list[str]
+
+    @property
+    def skipped(self) -> int:
+        """Images that could not be read so far; only counted with `corrupt="skip"`."""
+        parts = (self.train.dataset, self.validation.dataset)
+        return sum(len(part.skipped) for part in parts if isinstance(part, ReadableOnly))
 
 
 def image_transform(
@@ -61,6 +69,7 @@ def load_folder(
     batch_size: int = 32,
     workers: int = 0,
     limit: int | None = None,
+    corrupt: Corrupt | str = "raise",
 ) -> FolderData:
     """Training and validation batches of a folder.
 
@@ -74,15 +83,22 @@ def load_folder(
         batch_size: Images a batch.
         workers: Processes that load.
         limit: At most this many training images, spread evenly over the folder's order.
+        corrupt: What an image that cannot be read does: "raise" ends training with an
+            ImageFileError that names the file; "skip" takes the next image of the same part in its
+            place, with a SkippedSampleWarning, and `skipped` of the result counts it.
 
     Raises:
-        ArgumentError: There are no images where they are expected.
+        ArgumentError: There are no images where they are expected, or another word for `corrupt`.
     """
+    if corrupt not in get_args(Corrupt):
+        raise ArgumentError(f"corrupt is {corrupt!r}; expected one of {get_args(Corrupt)}.")
     augmented = image_transform(size, normalization, augment=True)
     plain = image_transform(size, normalization, augment=False)
     train, validation, class_names = split_folder(folder, augmented, plain)
     if limit is not None:
         train = evenly_spread(train, limit)
+    if corrupt == "skip":
+        train, validation = ReadableOnly(train), ReadableOnly(validation)
     return FolderData(
         DataLoader(train, batch_size=batch_size, shuffle=True, num_workers=workers),
         DataLoader(validation, batch_size=batch_size, num_workers=workers),
@@ -135,7 +151,7 @@ def evenly_spread(images: Dataset[Any], limit: int | None) -> Dataset[Any]:
 
 def _open(folder: Path, transform: transforms.Compose) -> ImageFolder:
     try:
-        return ImageFolder(str(folder), transform)
+        return ImageFolder(str(folder), transform, loader=read_image)
     except FileNotFoundError as error:
         raise ArgumentError(
             f"{folder} has no usable images ({error}); expected one folder a class, of images."

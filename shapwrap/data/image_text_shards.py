@@ -4,7 +4,7 @@ import copy
 import itertools
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -149,18 +149,21 @@ class ImageTextShards:
         Raises:
             TrainingError: Other shards or settings.
         """
-        now, before = self._what_order_depends_on(), state["depends_on"]
-        changed = {
-            name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]
-        }
-        if changed:
-            raise TrainingError(
-                f"the stream of shards changed (before, now): {changed}; resume with the same "
-                "shards and settings, or start anew elsewhere."
-            )
+        self._check_same(state, set())
         self._place = _Place(*state["place"])
         self.skipped.load_state_dict(state["skipped"])
         self._resuming = True
+
+    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+        """Count what the processes of another number of them have skipped, in the first process.
+
+        Raises:
+            TrainingError: Other shards or settings, beside batch size, workers and processes.
+        """
+        for state in states:
+            self._check_same(state, {"batch_size", "num_workers", "num_processes", "process"})
+        if self._process == 0:
+            self.skipped.sum_up([state["skipped"] for state in states])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
         """Images, and token ids or captions.
@@ -190,6 +193,19 @@ class ImageTextShards:
             self.set_epoch(self._place.epoch + 1)
         finally:
             self.skipped.warn_once()
+
+    def _check_same(self, state: dict[str, Any], free: set[str]) -> None:
+        now, before = self._what_order_depends_on(), state["depends_on"]
+        changed = {
+            name: (before.get(name), now[name])
+            for name in now.keys() - free
+            if before.get(name) != now[name]
+        }
+        if changed:
+            raise TrainingError(
+                f"the stream of shards changed (before, now): {changed}; resume with the same "
+                "shards and settings, or start anew elsewhere."
+            )
 
     def _what_order_depends_on(self) -> dict[str, Any]:
         plan = {**vars(self._plan), "process": self._process, "captions": self._captions}

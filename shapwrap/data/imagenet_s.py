@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from shapwrap.backbones.base import Normalization
+from shapwrap.data.readable import read_image
 from shapwrap.data.segmentation import HALF, SegmentationDataset
 from shapwrap.errors import ArgumentError
 
@@ -94,12 +95,11 @@ class ImageNetS(SegmentationDataset):
 
         Raises:
             ArgumentError: A mask that is not of the image's size.
+            ImageFileError: A file cannot be read.
         """
         image_path, mask_path, class_id = self._items[index]
-        with Image.open(image_path) as opened:
-            image = opened.convert("RGB")
-        with Image.open(mask_path) as opened:
-            channels = np.array(opened.convert("RGB")).astype(np.int64)
+        image = read_image(image_path)
+        channels = np.array(read_image(mask_path)).astype(np.int64)
         if channels.shape[:2] != (image.height, image.width):
             raise ArgumentError(
                 f"{mask_path} has shape {channels.shape[:2]}; expected that of {image_path.name}, "

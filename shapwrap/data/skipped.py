@@ -65,3 +65,11 @@ class Skipped:
         """Go there."""
         self.counts, self.first = Counter(state["counts"]), dict(state["first"])
         self._said = state["said"]
+
+    def sum_up(self, states: Iterable[dict[str, Any]]) -> None:
+        """Add up what several have counted."""
+        self.counts, self.first, self._said = Counter(), {}, False
+        for state in states:
+            self.counts.update(state["counts"])
+            self.first = {**state["first"], **self.first}
+            self._said = self._said or state["said"]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from shapwrap.errors import TrainingError
 from shapwrap.training.config import LoopConfig
-from shapwrap.training.position import loader_generators
+from shapwrap.training.loader_order import unseeded_samplers
 from shapwrap.training.resumable_data import ResumableData
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +53,7 @@ def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     return prepared
 
 
-def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> Iterable[Any]:
+def prepare_data(accelerator: Accelerator, data: Iterable[Any]) -> Iterable[Any]:
     """The data, split among processes: a DataLoader by accelerate, resumable data by itself.
 
     Raises:
@@ -62,12 +62,11 @@ def prepare_data(accelerator: Accelerator, data: Iterable[Any], seed: int) -> It
     if isinstance(data, ResumableData):
         return data.split(accelerator.process_index, accelerator.num_processes)
     if isinstance(data, DataLoader):
-        own = {id(generator) for generator in loader_generators(data)}
+        samplers = unseeded_samplers(data)
         prepared = accelerator.prepare_data_loader(data)
-        for generator in loader_generators(prepared):
-            if id(generator) not in own:
-                # Made by accelerate, from whatever the global state was.
-                generator.manual_seed(seed)
+        for sampler in samplers:
+            # accelerate's is drawn from whatever the global state was, and would stay there.
+            sampler.generator = None
         return prepared
     if not isinstance(data, Iterable):
         raise TrainingError(f"the data is {type(data).__name__}; expected an iterable of batches.")

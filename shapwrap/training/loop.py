@@ -1,28 +1,33 @@
 """The training loop, on accelerate: one process or many, CPU or GPU, without change."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from shapwrap.errors import TrainingError
+from shapwrap.errors import CheckpointError, DataWorkerError, ShapwrapError, TrainingError
 from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
 from shapwrap.training import checkpoint, engine
 from shapwrap.training.config import LoopConfig
+from shapwrap.training.faults import CheckpointWarning, death_of_worker
 from shapwrap.training.history import History
+from shapwrap.training.loader_order import ordered
 from shapwrap.training.loss_window import LossWindow
 from shapwrap.training.optimizer import make_optimizer, make_scheduler
-from shapwrap.training.position import Position
-from shapwrap.training.random_stream import RandomStream, global_states_kept
+from shapwrap.training.position import Position, Split
+from shapwrap.training.random_stream import derived_seed, global_states_kept
 from shapwrap.training.resumable_data import ResumableData
+from shapwrap.training.run_state import RunState
 
 
 class Loop(ABC):
@@ -66,6 +71,7 @@ class Loop(ABC):
         self.model = engine.prepare_model(self.accelerator, module)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = self.accelerator.prepare_scheduler(scheduler)
+        self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
         self._started = False
 
     # --- what a subclass says -----------------------------------------------------------------
@@ -103,12 +109,16 @@ class Loop(ABC):
         the last one; those of kind "validation" the metrics.
 
         Args:
-            resume: Go on from the newest checkpoint in `output_dir`. On a CPU the result is bit
-                for bit that of a run that never stopped.
+            resume: Go on from the newest whole checkpoint in `output_dir`. On a CPU, with as many
+                processes, the result is bit for bit that of a run that never stopped.
 
         Raises:
-            TrainingError: A loss is not finite, an epoch is shorter than announced, there is
-                nothing to resume, or a new run would mix with an earlier one.
+            CheckpointError: There is nothing to resume, or it was damaged; or the last checkpoint
+                could not be written. Where an earlier one cannot be written, the run warns and
+                goes on.
+            DataWorkerError: A worker of a DataLoader died.
+            TrainingError: A loss is not finite, an epoch is shorter than announced, or a new run
+                would mix with an earlier one.
         """
         if self._started and not resume:
             raise TrainingError(
@@ -128,49 +138,72 @@ class Loop(ABC):
     # --- one run, one epoch, one step ---------------------------------------------------------
 
     def _fit(self, resume: bool) -> None:
-        seed = self._settings.seed + 1000 * self.accelerator.process_index
-        plan = {
-            "total_steps": self.total_steps,
-            "batches_per_epoch": self._batches,
-            **self._settings.what_training_depends_on(),
-        }
+        accelerator, settings = self.accelerator, self._settings
+        plan = {"total_steps": self.total_steps, **settings.what_training_depends_on()}
+        # Other processes may share out the same step otherwise.
+        accumulation = plan.pop("accumulation")
+        place = accelerator.num_processes, accelerator.process_index
         position = Position(
-            torch.Generator().manual_seed(seed),
-            RandomStream(self._settings.seed),
+            settings.seed,
             self._train_data,
+            Split(*place, self._batches, accumulation),
             plan,
+            accelerator.device,
         )
-        set_seed(seed)
-        if resume:
-            if self._directory is None:
-                raise TrainingError("resume=True needs config.output_dir, where checkpoints lie.")
-            checkpoint.load(self.accelerator, self._directory, position)
-        elif self._directory is not None:
-            checkpoint.check_unused(self._directory)
+        skipped = self._open_directory(resume, position)
         self._started = True
         self.history.start(keep=position.records)
+        self._report_skipped(skipped, position)
         self.model.train()
-        with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
-            while position.step < self.total_steps:
-                self._run_epoch(position, bar)
+        try:
+            with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
+                while position.step < self.total_steps:
+                    self._run_epoch(position, bar)
+        except ShapwrapError as error:
+            self._report_end(error, position)
+            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            said = death_of_worker(error)
+            if said is None:
+                raise
+            stopped = DataWorkerError(
+                f"a process that loads data died at or just after step {position.step}: {said} It "
+                "ran out of memory, crashed, or was killed; try fewer workers (num_workers). "
+                f"{self._what_is_saved()}"
+            )
+            self._report_end(stopped, position)
+            raise stopped from error
+
+    def _open_directory(self, resume: bool, position: Position) -> list[dict[str, Any]]:
+        """Checkpoints newer than the one that the run goes on from, which are not whole."""
+        if self._directory is None:
+            if resume:
+                raise TrainingError("resume=True needs config.output_dir, where checkpoints lie.")
+            return []
+        checkpoint.check_supported(self.accelerator)
+        if resume:
+            return checkpoint.resume(self.accelerator, self._directory, self._state, position)
+        checkpoint.check_unused(self._directory)
+        return []
 
     def _run_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
         skip = position.batch
         seen = position.open_epoch()
         window = LossWindow()
-        for batch in self._epoch_batches(position, self._batches - seen):
-            seen += 1
-            if seen <= skip:
-                # Loaded and dropped: the data's random stream must pass through these draws.
-                continue
-            update = seen % self._settings.accumulation == 0 or seen == self._batches
-            window.add(self._step(batch, position, update=update))
-            position.batch = seen
-            if update:
-                position.step += 1
-                self._after_step(position, window, bar)
-            if position.step >= self.total_steps:
-                break
+        with closing(self._epoch_batches(position, self._batches - seen)) as batches:
+            for batch in batches:
+                seen += 1
+                if seen <= skip:
+                    # Loaded and dropped: the data's random stream must pass through these draws.
+                    continue
+                update = seen % self._settings.accumulation == 0 or seen == self._batches
+                window.add(self._step(batch, position, update=update))
+                position.batch = seen
+                if update:
+                    position.step += 1
+                    self._after_step(position, window, bar)
+                if position.step >= self.total_steps:
+                    break
         if seen < self._batches and position.step < self.total_steps:
             raise TrainingError(
                 f"epoch {position.epoch + 1} of the training data has {seen} batches, expected "
@@ -244,25 +277,69 @@ class Loop(ABC):
         if self._directory is not None:
             position.records = len(self.history.records)
             keep = self._settings.keep_checkpoints
-            checkpoint.save(self.accelerator, self._directory, position, keep)
+            try:
+                checkpoint.save(self.accelerator, self._directory, self._state, position, keep)
+            except CheckpointError as error:
+                self._report_not_saved(error, position)
+
+    # --- what the run says about faults -------------------------------------------------------
+
+    def _report_not_saved(self, error: CheckpointError, position: Position) -> None:
+        self._record("checkpoint_not_written", position, reason=str(error))
+        if position.step >= self.total_steps:
+            raise CheckpointError(
+                f"training has finished, but its last {error} The model is trained, in memory. "
+                f"{self._what_is_saved()}"
+            ) from error
+        if self.accelerator.is_main_process:
+            warnings.warn(f"{error} The run goes on.", CheckpointWarning, stacklevel=2)
+
+    def _report_skipped(self, skipped: list[dict[str, Any]], position: Position) -> None:
+        for skip in skipped:
+            self._record("checkpoint_skipped", position, **skip)
+            if self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{skip['checkpoint']} is not whole ({skip['reason']}); the run goes on from "
+                    f"step {position.step}, the newest whole checkpoint.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+
+    def _report_end(self, error: ShapwrapError, position: Position) -> None:
+        self._record("stopped", position, error=type(error).__name__, reason=str(error))
+
+    def _record(self, kind: str, position: Position, **what: Any) -> None:
+        self.history.add(kind=kind, step=position.step, epoch=position.epoch + 1, **what)
+
+    def _what_is_saved(self) -> str:
+        found = [] if self._directory is None else checkpoint.checkpoints(self._directory)
+        if not found:
+            return "No checkpoint was written before."
+        return f"{found[-1].name} is whole; fit(resume=True) in a new run goes on from there."
 
     # --- data ---------------------------------------------------------------------------------
 
-    def _epoch_batches(self, position: Position, num: int) -> Iterator[Any]:
-        batches = self._on_device(self._train_data)
-        for _ in range(num):
+    def _epoch_batches(self, position: Position, num: int) -> Generator[Any]:
+        with closing(self._on_device(self._train_data, position.epoch)) as batches:
+            for _ in range(num):
+                with position.data.active():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+            # Past the last batch too: accelerate's loader tidies up when it ends.
             with position.data.active():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-        # Past the last batch too: accelerate's loader tidies up when it ends.
-        with position.data.active():
-            next(batches, None)
+                next(batches, None)
 
-    def _on_device(self, data: Iterable[Any]) -> Iterator[Any]:
-        for batch in data:
-            yield self._unpack(batch)
+    def _on_device(self, data: Iterable[Any], epoch: int = 0) -> Generator[Any]:
+        """Batches as training takes them, in an order that depends on seed and epoch alone."""
+        set_epoch: Any = getattr(data, "set_epoch", None)
+        if isinstance(data, DataLoader) and set_epoch is not None:
+            # accelerate counts the iterations of a process, not of the run.
+            set_epoch(epoch)
+        with ordered(data, derived_seed("order", self._settings.seed, epoch)):
+            for batch in data:
+                yield self._unpack(batch)
 
     def _validation_batches(self, data: Iterable[Any] | None = None) -> Iterable[Any]:
         """These batches, split among processes; those of the validation data if None.
@@ -308,7 +385,7 @@ class Loop(ABC):
         return send_to_device(batch, self.accelerator.device)
 
     def _prepare_data(self, data: Iterable[Any]) -> Iterable[Any]:
-        return engine.prepare_data(self.accelerator, data, self._settings.seed)
+        return engine.prepare_data(self.accelerator, data)
 
     def _progress_bar(self, position: Position) -> "tqdm[Any]":
         hidden = None if self._settings.progress is None else not self._settings.progress

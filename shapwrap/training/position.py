@@ -1,43 +1,70 @@
 """Where a run is, and the random state of what it does next."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from accelerate.utils import set_seed
 
 from shapwrap.errors import TrainingError
-from shapwrap.training.random_stream import RandomStream
+from shapwrap.training.loader_order import loader_generators, samples_per_batch
+from shapwrap.training.random_stream import (
+    RandomStream,
+    derived_seed,
+    global_states,
+    set_global_states,
+)
 from shapwrap.training.resumable_data import ResumableData
+
+
+class Split(NamedTuple):
+    """How an optimizer step is shared out; a resumed run may do it otherwise."""
+
+    processes: int
+    process: int
+    batches: int
+    """Of one process in an epoch."""
+    accumulation: int
+    """Batches of one process in an optimizer step."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in an epoch."""
+        return -(-self.batches // self.accumulation)
 
 
 class Position:
     """Step, epoch and batch of a run with its random states; saved in every checkpoint.
 
     Args:
-        coalitions: The generator of coalitions.
-        data: The stream that shuffling and augmentation draw from.
+        seed: Of the run.
         loader: The training data; a loader may have generators of its own, resumable data a state.
+        split: What this process does of it.
         plan: What training depends on; a run can only be resumed with the same.
+        device: Where dropout draws.
     """
 
     def __init__(
-        self, coalitions: torch.Generator, data: RandomStream, loader: object, plan: dict[str, Any]
+        self, seed: int, loader: object, split: Split, plan: dict[str, Any], device: torch.device
     ):
         self.step = 0
         self.epoch = 0
         self.batch = 0
         self.records = 0
-        self.coalitions = coalitions
-        self.data = data
+        self.data = RandomStream(seed)
+        self._seed, self._split, self._device = seed, split, device
+        own = seed + 1000 * split.process
+        self.coalitions = torch.Generator().manual_seed(own)
+        set_seed(own)
         self._generators = list(loader_generators(loader))
         self._resumable = loader if isinstance(loader, ResumableData) else None
-        self._plan = plan
+        self._samples = samples_per_batch(loader)
+        taken = None if self._samples is None else self._samples * split.accumulation
+        self._plan = {**plan, "steps_per_epoch": split.steps, "samples_per_step": taken}
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        """Remember the random state from which the data of this epoch can be drawn again."""
-        self._data_at_start = self.data.state
+        """Go to the random state of the data where this epoch begins."""
+        self.data.start(self.epoch)
         self._generators_at_start = [generator.get_state() for generator in self._generators]
 
     def open_epoch(self) -> int:
@@ -49,62 +76,106 @@ class Position:
             self._resumable.set_epoch(self.epoch)
         return self.batch
 
-    def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same in all processes."""
         return {
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
             "records": self.records,
-            "coalitions": self.coalitions.get_state(),
-            "data_at_start": self._data_at_start,
             "generators_at_start": self._generators_at_start,
-            "loader": None if self._resumable is None else self._resumable.state_dict(),
+            "split": self._split._replace(process=0)._asdict(),
             "plan": self._plan,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def own_state(self) -> dict[str, Any]:
+        """What belongs to this process."""
+        return {
+            "coalitions": self.coalitions.get_state(),
+            "random": global_states(),
+            "device": None if self._device_random is None else self._device_random.get_rng_state(),
+            "stream": None if self._resumable is None else self._resumable.state_dict(),
+        }
+
+    def load(self, shared: dict[str, Any], processes: list[dict[str, Any]]) -> None:
         """Go there; the data is put to the start of the epoch, to be replayed, or there itself.
 
+        Args:
+            shared: As saved.
+            processes: The own states of all processes that there were. If there are as many now,
+                each goes on where it was; otherwise each begins new random states, derived from
+                seed, step and numbers of processes.
+
         Raises:
-            TrainingError: The checkpoint is of a run of another length, or with other data.
+            TrainingError: The checkpoint is of another run, or with other data, or in the middle of
+                an epoch that cannot be shared out anew.
         """
-        changed = {
-            name: (state["plan"].get(name), value)
-            for name, value in self._plan.items()
-            if state["plan"].get(name) != value
-        }
-        if changed:
-            raise TrainingError(
-                f"settings of the run changed (before, now): {changed}; a run cannot change on the "
-                "way. Resume with the same data and settings, or start anew elsewhere."
-            )
-        loader = state.get("loader")
-        if (loader is None) != (self._resumable is None):
+        before = Split(**shared["split"])
+        self._check_plan(shared["plan"], before)
+        streams = [own["stream"] for own in processes]
+        if (streams[0] is None) != (self._resumable is None):
             raise TrainingError(
                 "the run's data is of another kind than before (a stream of shards, or anything "
                 "else); resume with the same data, or start anew elsewhere."
             )
-        if self._resumable is not None and loader is not None:
-            self._resumable.load_state_dict(loader)
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        self.records = state["records"]
-        self.coalitions.set_state(state["coalitions"])
-        self.data.state = state["data_at_start"]
-        for generator, saved in zip(self._generators, state["generators_at_start"], strict=True):
+        self.step, self.epoch, self.batch = shared["step"], shared["epoch"], shared["batch"]
+        self.records = shared["records"]
+        for generator, saved in zip(self._generators, shared["generators_at_start"], strict=True):
             generator.set_state(saved)
+        if before.processes == self._split.processes:
+            self._go_on(processes[self._split.process])
+        else:
+            self._share_anew(before, streams)
         self.start_epoch()
 
+    def _go_on(self, own: dict[str, Any]) -> None:
+        self.coalitions.set_state(own["coalitions"])
+        set_global_states(own["random"])
+        if self._device_random is not None and own["device"] is not None:
+            self._device_random.set_rng_state(own["device"])
+        if self._resumable is not None:
+            self._resumable.load_state_dict(own["stream"])
 
-def loader_generators(loader: object) -> Iterator[torch.Generator]:
-    """Generators that a DataLoader and its samplers hold, each once."""
-    found: dict[int, torch.Generator] = {}
-    waiting: list[Any] = [loader] if isinstance(loader, DataLoader) else []
-    while waiting:
-        part = waiting.pop()
-        generator = getattr(part, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found.setdefault(id(generator), generator)
-        inner = (getattr(part, name, None) for name in ("batch_sampler", "sampler"))
-        waiting.extend(child for child in inner if child is not None and child is not part)
-    yield from found.values()
+    def _share_anew(self, before: Split, streams: list[Any]) -> None:
+        now = self._split
+        if self.batch == before.batches:
+            self.batch = now.batches
+        elif self.batch and self._samples is None:
+            raise TrainingError(
+                f"the checkpoint of step {self.step} is in the middle of epoch {self.epoch + 1}, "
+                f"after {self.batch} of {before.batches} batches of {before.processes} processes, "
+                f"and what they have not seen of this data cannot be shared out among "
+                f"{now.processes}. Resume with {before.processes} processes, or, with any number, "
+                "from a checkpoint at the end of an epoch (delete newer ones)."
+            )
+        else:
+            self.batch = self.batch // before.accumulation * now.accumulation
+        place = (self._seed, self.step, before.processes, now.processes, now.process)
+        self.coalitions.manual_seed(derived_seed("coalitions", *place))
+        set_seed(derived_seed("model", *place) % 2**32)
+        if self._resumable is not None:
+            self._resumable.take_over(streams)
+            self._resumable.set_epoch(self.epoch)
+
+    def _check_plan(self, plan: dict[str, Any], before: Split) -> None:
+        then, now = dict(plan), dict(self._plan)
+        if before.processes == self._split.processes:
+            then |= before._replace(process=0)._asdict()
+            now |= self._split._replace(process=0)._asdict()
+        changed = {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}
+        if changed:
+            hint = (
+                ""
+                if before.processes == self._split.processes
+                else f" There were {before.processes} processes and are {self._split.processes}: "
+                "change the batch size or accumulation so that a step takes as many samples."
+            )
+            raise TrainingError(
+                f"settings of the run changed (before, now): {changed}; a run cannot change on the "
+                f"way. Resume with the same data and settings, or start anew elsewhere.{hint}"
+            )
+
+    @property
+    def _device_random(self) -> Any:
+        """Where the random state of the device is found; None on a CPU."""
+        return None if self._device.type == "cpu" else torch.get_device_module(self._device.type)

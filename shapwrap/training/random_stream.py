@@ -1,5 +1,6 @@
 """A stream of random numbers of its own for the data, apart from dropout and coalitions."""
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,14 @@ import numpy as np
 import torch
 
 
-def _capture() -> dict[str, Any]:
+def derived_seed(*parts: object) -> int:
+    """A seed of 63 bits for this purpose: other parts, another seed, in every process the same."""
+    text = " ".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+def global_states() -> dict[str, Any]:
+    """The global random states of Python, numpy and torch's CPU."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 - the state users' code draws from
@@ -17,7 +25,8 @@ def _capture() -> dict[str, Any]:
     }
 
 
-def _restore(state: dict[str, Any]) -> None:
+def set_global_states(state: dict[str, Any]) -> None:
+    """Put them there."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
@@ -31,28 +40,35 @@ class RandomStream:
     """
 
     def __init__(self, seed: int):
+        self._seed = seed
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """Go to where this epoch begins, which depends on the seed and the epoch alone."""
+        seed = derived_seed("data", self._seed, epoch)
         with global_states_kept():
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
-            torch.manual_seed(seed)
-            self.state = _capture()
+            # Not torch.manual_seed, which would seed every GPU as well.
+            torch.default_generator.manual_seed(seed)
+            self._state = global_states()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Draws inside come from this stream; the global states are back afterwards."""
         with global_states_kept():
-            _restore(self.state)
+            set_global_states(self._state)
             try:
                 yield
             finally:
-                self.state = _capture()
+                self._state = global_states()
 
 
 @contextmanager
 def global_states_kept() -> Iterator[None]:
     """The global random states are afterwards what they were before."""
-    before = _capture()
+    before = global_states()
     try:
         yield
     finally:
-        _restore(before)
+        set_global_states(before)

@@ -1,6 +1,6 @@
 """Data that splits itself among processes and can go on in the middle of an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 
@@ -25,6 +25,14 @@ class ResumableData(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on there."""
+        ...
+
+    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take from the states of another number of processes what outlasts an epoch.
+
+        Raises:
+            TrainingError: Other data.
+        """
         ...
 
     def __iter__(self) -> Iterator[Any]:

@@ -70,12 +70,16 @@ class Trainer(Loop):
         "validation" what `evaluate` returns.
 
         Args:
-            resume: Go on from the newest checkpoint in `output_dir`. On a CPU the result is bit
-                for bit that of a run that never stopped.
+            resume: Go on from the newest whole checkpoint in `output_dir`. On a CPU, with as many
+                processes, the result is bit for bit that of a run that never stopped.
 
         Raises:
-            TrainingError: A loss is not finite, an epoch is shorter than announced, there is
-                nothing to resume, or a new run would mix with an earlier one.
+            CheckpointError: There is nothing to resume, or it was damaged; or the last checkpoint
+                could not be written. Where an earlier one cannot be written, the run warns and
+                goes on.
+            DataWorkerError: A worker of a DataLoader died.
+            TrainingError: A loss is not finite, an epoch is shorter than announced, or a new run
+                would mix with an earlier one.
         """
         return super().fit(resume=resume)
 

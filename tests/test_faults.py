@@ -1,0 +1,491 @@
+"""What kills runs: each leaves everything saved as it was, and the run says what happened."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from shapwrap import Trainer, TrainerConfig
+from shapwrap.data import SkippedSampleWarning
+from shapwrap.data.folder import load_folder
+from shapwrap.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataWorkerError,
+    ImageFileError,
+    TrainingError,
+)
+from shapwrap.training import checkpoint, checkpoint_folder
+from shapwrap.training.faults import CheckpointWarning, TrainingWarning
+from tests.backbones import make_case
+from tests.test_data import STATISTICS, write_folder
+
+CLASSES = 5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As in the processes that are killed: bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(_one_thread, tmp_path_factory):
+    """Records and weights of a run that nothing disturbs."""
+    trainer = _trainer(tmp_path_factory.mktemp("whole"))
+    records = trainer.fit()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return records, _weights(trainer)
+
+
+def _images(count=12):
+    images = torch.randn(count, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(images, torch.arange(count) % CLASSES)
+
+
+def _trainer(folder, data=None, seed=0, **settings):
+    torch.manual_seed(seed)
+    wrapped = make_case("vit-class-token", batch=2).wrapped
+    data = DataLoader(_images(), batch_size=4, shuffle=True) if data is None else data
+    settings = {"epochs": 2, "checkpoint_every": 1, "log_every": 1, "progress": False, **settings}
+    return Trainer(wrapped, data, config=TrainerConfig(output_dir=folder, **settings))
+
+
+def _weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.wrapped.state_dict().items()}
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+import torch
+from tests.test_faults import _trainer
+from shapwrap.training import checkpoint, checkpoint_folder
+
+folder, moment, count = sys.argv[1:]
+left = int(count)
+
+
+def dying(original):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    return call
+
+
+if moment == "step":
+    torch.optim.AdamW.step = dying(torch.optim.AdamW.step)
+elif moment == "file":
+    checkpoint.save_file = dying(checkpoint.save_file)
+elif moment == "manifest":
+    checkpoint_folder._described = dying(checkpoint_folder._described)
+else:
+    checkpoint_folder.shutil.rmtree = dying(checkpoint_folder.shutil.rmtree)
+_trainer(folder).fit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"), [("step", 5), ("file", 6), ("manifest", 4), ("removal", 1)]
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, moment, count):
+    """In a step, in the middle of a checkpoint, before its manifest, while old ones are removed."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "parts"), moment, str(count)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    found = checkpoint.checkpoints(tmp_path / "parts")
+    assert found and int(found[-1].name[-1]) < 6, "it died before its end"
+    expected, weights = whole
+    parts = _trainer(tmp_path / "parts")
+    assert parts.fit(resume=True) == expected
+    assert _same(weights, _weights(parts))
+    assert not list((tmp_path / "parts").glob(".partial-*"))
+
+
+# --- full disk ------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_no_saved_checkpoint(tmp_path, whole, monkeypatch):
+    original, calls = checkpoint.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) in (6, 7):
+            # The second file of one checkpoint, the first of the next.
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trainer = _trainer(tmp_path / "parts")
+    with pytest.warns(CheckpointWarning, match=r"No space left.*The run goes on") as said:
+        records = trainer.fit()
+    assert len(said) == 2
+    failed = [record for record in records if record["kind"] == "checkpoint_not_written"]
+    assert [record["step"] for record in failed] == [3, 4]
+    assert _same(_weights(trainer), whole[1])
+    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path / "parts")] == ["5", "6"]
+    lines = (tmp_path / "parts" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+
+
+def test_a_disk_that_stays_full(tmp_path, monkeypatch):
+    original = checkpoint.save_file
+
+    def full(tensors, path, **options):
+        if "000004" in str(path) or "000005" in str(path) or "000006" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        trainer = _trainer(tmp_path)
+        with (
+            pytest.warns(CheckpointWarning, match="No space"),
+            pytest.raises(CheckpointError, match=r"has finished.*step-00000003 is whole"),
+        ):
+            trainer.fit()
+    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path)] == ["2", "3"]
+    again = _trainer(tmp_path)
+    again.fit(resume=True)
+    assert _same(_weights(again), _weights(trainer)), "the model in memory is the finished one"
+
+
+def test_a_limit_of_the_system_on_the_size_of_files(tmp_path):
+    """Not a simulated error: the system refuses to write on, in safetensors and in Python."""
+    trainer = _trainer(tmp_path, checkpoint_every=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with (
+            pytest.warns(CheckpointWarning, match="could not be written"),
+            pytest.raises(CheckpointError, match="No checkpoint was written before"),
+        ):
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_a_history_that_cannot_be_written_catches_up(tmp_path, monkeypatch):
+    original, failures = Path.open, [2, 3]
+    appended = []
+
+    def open_file(path, mode="r", **options):
+        if path.name == "history.jsonl" and mode == "a":
+            appended.append(path)
+            if len(appended) in failures:
+                with original(path, mode, **options) as file:
+                    file.write('{"kind": "tr')
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return original(path, mode, **options)
+
+    monkeypatch.setattr(Path, "open", open_file)
+    with pytest.warns(TrainingWarning, match=r"history.jsonl cannot be written"):
+        records = _trainer(tmp_path).fit()
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == records
+    assert len(records) == 6
+
+
+def test_a_damaged_history_does_not_stop_a_run(tmp_path, whole):
+    expected = whole[0]
+    first = _trainer(tmp_path / "parts", checkpoint_every=4)
+    _stop_after(first, 5)
+    path = tmp_path / "parts" / "history.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + '\n{"kind": "tra')
+    with pytest.warns(TrainingWarning, match="of 4 records .* only the first 1"):
+        found = _trainer(tmp_path / "parts", checkpoint_every=4).fit(resume=True)
+    assert found == [expected[0], *expected[4:]]
+
+
+class Stopped(Exception):
+    pass
+
+
+def _stop_after(trainer, step):
+    original = trainer._after_step
+
+    def after_step(position, window, bar):
+        original(position, window, bar)
+        if position.step == step:
+            raise Stopped
+
+    trainer._after_step = after_step
+    with pytest.raises(Stopped):
+        trainer.fit()
+
+
+# --- damaged checkpoints --------------------------------------------------------------------------
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _changed(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE = [
+    ("model.safetensors", _cut, "model.safetensors has .* bytes, expected"),
+    ("state.json", Path.unlink, "state.json is missing"),
+    ("manifest.json", Path.unlink, "it has no manifest.json"),
+    ("manifest.json", _cut, "its manifest.json cannot be read"),
+    ("manifest.json", lambda path: path.write_text("[1]"), "its manifest.json cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGE)
+def test_the_newest_whole_checkpoint_is_used(tmp_path, whole, name, damage, words):
+    expected, weights = whole
+    _stop_after(_trainer(tmp_path / "parts"), 4)
+    newest = tmp_path / "parts" / "step-00000004"
+    damage(newest / name)
+    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path / "parts")] == ["3"]
+    parts = _trainer(tmp_path / "parts")
+    with pytest.warns(CheckpointWarning, match=f"step-00000004 is not whole .*{words}"):
+        records = parts.fit(resume=True)
+    assert _same(weights, _weights(parts))
+    said = [record for record in records if record["kind"] == "checkpoint_skipped"]
+    assert [(r["checkpoint"], r["step"]) for r in said] == [("step-00000004", 3)]
+    assert [r for r in records if r not in said] == expected
+    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path / "parts")] == ["5", "6"]
+
+
+@pytest.mark.parametrize("name", checkpoint_folder.FILES)
+def test_a_changed_file_is_refused(tmp_path, name):
+    _stop_after(_trainer(tmp_path), 4)
+    newest = tmp_path / "step-00000004"
+    _changed(newest / name)
+    before = _contents(newest)
+    trainer = _trainer(tmp_path, seed=1)
+    weights = _weights(trainer)
+    with pytest.raises(CheckpointError, match=rf"{name} is not the file that was written"):
+        trainer.fit(resume=True)
+    assert _same(weights, _weights(trainer))
+    assert _contents(newest) == before
+
+
+def _manifest(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_other_refusals(tmp_path):
+    _stop_after(_trainer(tmp_path), 4)
+    folder = tmp_path / "step-00000004"
+    _manifest(folder, format=7)
+    with pytest.raises(CheckpointError, match=r"has format 7, written by .*expected format 1"):
+        _trainer(tmp_path).fit(resume=True)
+    _manifest(folder, format=1)
+    # A whole checkpoint whose digests agree, but which nobody wrote like this.
+    (folder / "state.json").write_text('{"model": {"$tensor": "no"}}')
+    _manifest(folder, files=checkpoint_folder._described(folder))
+    with pytest.raises(CheckpointError, match=r"cannot be read .KeyError"):
+        _trainer(tmp_path).fit(resume=True)
+    for path in tmp_path.glob("step-*/manifest.json"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
+        _trainer(tmp_path).fit(resume=True)
+    with pytest.raises(TrainingError, match="earlier run"):
+        _trainer(tmp_path).fit()
+    (folder / "position-0.pt").write_bytes(b"a pickle")
+    with pytest.raises(CheckpointError, match="earlier development version, with pickled files"):
+        _trainer(tmp_path).fit(resume=True)
+
+
+def test_another_model_is_refused(tmp_path):
+    _stop_after(_trainer(tmp_path), 2)
+    wrapped = make_case("resnet", grid=(2, 2)).wrapped
+    config = TrainerConfig(output_dir=tmp_path, epochs=2, checkpoint_every=1, progress=False)
+    other = Trainer(wrapped, DataLoader(_images(), batch_size=4, shuffle=True), config=config)
+    with pytest.raises(CheckpointError, match=r"of another model: it lacks"):
+        other.fit(resume=True)
+
+
+# --- losses, workers, images ----------------------------------------------------------------------
+
+
+class Breaking(Dataset):
+    """Good images, until `breaks` says otherwise."""
+
+    def __init__(self, flag, breaks):
+        self.data, self.flag, self.breaks = _images(), flag, breaks
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        images, label = self.data[index]
+        if index == 9 and self.flag.exists():
+            return self.breaks(images), label
+        return images, label
+
+
+def _breaks_in_the_second_epoch(folder, breaks, workers=0):
+    flag = folder / "broken"
+    data = DataLoader(Breaking(flag, breaks), batch_size=4, num_workers=workers)
+    trainer = _trainer(folder / "run", data, checkpoint_every=None)
+    after_epoch = trainer._after_epoch
+
+    def break_after_epoch(position, bar):
+        after_epoch(position, bar)
+        flag.touch()
+
+    trainer._after_epoch = break_after_epoch
+    return trainer
+
+
+def _goes_on(folder, trainer):
+    """The checkpoint of the first epoch is whole, and with good data the run ends."""
+    (folder / "broken").unlink()
+    assert [p.name[-1] for p in checkpoint.checkpoints(folder / "run")] == ["3"]
+    stopped = trainer.history.records[-1]
+    assert stopped["kind"] == "stopped"
+    data = DataLoader(_images(), batch_size=4)
+    again = _trainer(folder / "run", data, checkpoint_every=None)
+    again.fit(resume=True)
+    whole = _trainer(folder / "whole", data, checkpoint_every=None)
+    whole.fit()
+    assert _same(_weights(again), _weights(whole))
+    return stopped
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    trainer = _breaks_in_the_second_epoch(tmp_path, lambda images: images * float("nan"))
+    with pytest.raises(TrainingError, match=r"not finite at or just before step 6"):
+        trainer.fit()
+    assert "not finite" in _goes_on(tmp_path, trainer)["reason"]
+
+
+def _die(images):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _leave(images):
+    os._exit(3)
+
+
+@pytest.mark.parametrize("end", [_die, _leave])
+def test_a_worker_that_dies(tmp_path, end):
+    trainer = _breaks_in_the_second_epoch(tmp_path, end, workers=1)
+    words = r"loads data died.*DataLoader worker.*step-00000003 is whole; fit\(resume=True\)"
+    with pytest.raises(DataWorkerError, match=words):
+        trainer.fit()
+    assert _goes_on(tmp_path, trainer)["error"] == "DataWorkerError"
+
+
+def test_other_errors_of_a_worker_are_its_own(tmp_path):
+    def fails(images):
+        raise RuntimeError("of the user's data set")
+
+    trainer = _breaks_in_the_second_epoch(tmp_path, fails, workers=1)
+    with pytest.raises(RuntimeError, match="of the user's data set") as raised:
+        trainer.fit()
+    assert type(raised.value) is RuntimeError
+
+
+def _corrupt(folder):
+    """Three of ten pictures: cut off, empty, text."""
+    write_folder(folder)
+    cut = folder / "cat" / "cat1.png"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    (folder / "dog" / "dog2.png").write_bytes(b"")
+    (folder / "dog" / "dog0.png").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(tmp_path, workers):
+    data = load_folder(_corrupt(tmp_path), (16, 16), STATISTICS, workers=workers)
+    with pytest.raises(ImageFileError, match=r"(cat1|dog2|dog0).png cannot be read as an image"):
+        list(data.train)
+
+
+def test_training_stops_at_a_corrupt_image_and_says_so(tmp_path):
+    data = load_folder(_corrupt(tmp_path / "data"), (12, 16), STATISTICS, batch_size=4)
+    trainer = _trainer(tmp_path / "run", data.train)
+    with pytest.raises(ImageFileError):
+        trainer.fit()
+    assert trainer.history.records[-1]["error"] == "ImageFileError"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_skipped_and_counted(tmp_path, workers):
+    folder = _corrupt(tmp_path)
+    data = load_folder(folder, (16, 16), STATISTICS, workers=workers, corrupt="skip")
+    clean = load_folder(folder, (16, 16), STATISTICS, corrupt="skip")
+    assert data.skipped == 0
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        labels = torch.cat([labels for _, labels in data.train])
+        # Every fifth validates: dog0 is one of them, and its place is taken by the other.
+        held_out = torch.cat([images for images, _ in data.validation])
+        expected = clean.validation.dataset[0][0]
+        again = list(data.train)
+    assert len(labels) == 8 == sum(len(labels) for _, labels in again)
+    assert torch.equal(held_out, torch.stack([expected, expected]))
+    assert data.skipped == 3
+    assert data.train.dataset.skipped == [0, 5]
+    if not workers:
+        mine = [w for w in said if w.category is SkippedSampleWarning]
+        # Three of this data, and dog0 was not asked for in the other.
+        assert len(mine) == 3, "each once"
+        assert any("dog2.png" in str(w.message) for w in mine)
+
+
+def test_nothing_that_can_be_read(tmp_path):
+    write_folder(tmp_path)
+    for path in tmp_path.glob("*/*.png"):
+        path.write_text("no picture")
+    data = load_folder(tmp_path, (16, 16), STATISTICS, corrupt="skip")
+    with (
+        pytest.warns(SkippedSampleWarning),
+        pytest.raises(ImageFileError, match="none of 8 images"),
+    ):
+        list(data.train)
+    with pytest.raises(ArgumentError, match="corrupt is 'ignore'"):
+        load_folder(tmp_path, (16, 16), STATISTICS, corrupt="ignore")
