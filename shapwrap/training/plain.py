@@ -62,10 +62,8 @@ def fine_tune(
         )
     config = config_of_kind(config, LoopConfig)
     # With one rate for all there is no need to know.
-    not_needed = (
-        config.head_multiplier == 1 and config.layer_decay is None and config.trainable == "all"
-    )
-    found = [] if not_needed else _classifier(model, head)
+    same = config.head_multiplier == 1 and config.layer_decay is None
+    found = [] if same and config.trainable == "all" else _classifier(model, head)
     loop = _FineTuning(model, train_data, val_data, config, found, task_loss, accelerator)
     return loop.fit(resume=resume)
 

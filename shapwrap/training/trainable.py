@@ -49,7 +49,7 @@ def kept_parameters(
 
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """These parameters require no gradient inside, so that layers before the others keep no graph."""
+    """These parameters require no gradient inside; layers of no others then keep no graph."""
     switched = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in switched:
         parameter.requires_grad_(False)

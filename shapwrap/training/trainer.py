@@ -104,12 +104,11 @@ class Trainer(Loop):
         return None if self._val_data is None else self.evaluate()
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
-        images, targets = batch
+        images, labels = batch
         mixed = None if self._mixing is None else self._mixing(images, position.coalitions)
-        masked_targets = None
+        targets, num_classes = labels, self.wrapped.num_classes
         if mixed is not None:
-            images, labels = mixed.images, targets
-            targets = mixed.targets(labels, self.wrapped.num_classes)
+            images, targets = mixed.images, mixed.targets(labels, num_classes)
         with engine.autocast(self.accelerator, self.config):
             if not self.objective.needs_coalitions:
                 return self.objective.plain(self.model(images), targets).named()
@@ -121,14 +120,10 @@ class Trainer(Loop):
                 position.coalitions,
             )
             output = self.model(images, coalitions, paired=True)
+        masked_targets = None
         if mixed is not None:
-            masked_targets = mixed.masked_targets(
-                labels,
-                self.wrapped.num_classes,
-                coalitions,
-                self.wrapped.grid_of(images),
-                self.wrapped.covered(images),
-            )
+            grid, covered = self.wrapped.grid_of(images), self.wrapped.covered(images)
+            masked_targets = mixed.masked_targets(labels, num_classes, coalitions, grid, covered)
         progress = position.step / self.total_steps
         return self.objective(output, targets, progress, masked_targets).named()
 
