@@ -45,7 +45,7 @@ def add_lora(
     targets: Targets | str = "all",
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """The names of the layers in `wrapped.model` that got an adapter.
+    """The names of the layers in `wrapped.model` that got an adapter, those of attention first.
 
     Adapters start at zero: logits and patch values stay as they were. From then on only adapters
     and head require gradients; give them to a Trainer, or a loop of your own. `merge_lora` makes

@@ -33,9 +33,8 @@ class TokenLayers(NamedTuple):
 
     def of(self, targets: str) -> list[str]:
         """Those of "attention", "mlp" or "all"."""
-        if targets == "all":
-            return self.attention + self.mlp
-        return self.attention if targets == "attention" else self.mlp
+        kinds = {"attention": self.attention, "mlp": self.mlp}
+        return kinds[targets] if targets in kinds else self.attention + self.mlp
 
 
 def token_layers(wrapped: ShapleyWrapper) -> TokenLayers:
@@ -66,15 +65,15 @@ def token_layers(wrapped: ShapleyWrapper) -> TokenLayers:
     attending: set[str] = set()
     for stack in own.attentions:
         held = (name for name in map(places.__getitem__, reversed(stack)) if name)
-        innermost = next((name for name in held if _within(used, name)), None)
-        attending |= {innermost} - {None}
+        attending.update([name for name in held if _within(used, name)][:1])
     # What holds another attention does not attend itself.
     attending = {name for name in attending if _within(attending, name) == {name}}
     attention = {name for place in attending for name in _within(used, place)}
     attention |= {n for n in used if isinstance(candidates[n], nn.MultiheadAttention)}
-    rest = used - attention
-    mlp = [n for n in candidates if n in rest and len(_within(rest, n.rpartition(".")[0])) > 1]
-    return TokenLayers([name for name in candidates if name in attention], mlp)
+    return TokenLayers(
+        [name for name in candidates if name in attention],
+        [n for n in candidates if n in used - attention and _has_company(n, used, attention)],
+    )
 
 
 def coalitions_of_halves(wrapped: ShapleyWrapper) -> Tensor:
@@ -83,8 +82,16 @@ def coalitions_of_halves(wrapped: ShapleyWrapper) -> Tensor:
     return torch.stack((first, ~first))[None]
 
 
-def _within(names: set[Any], place: str) -> set[str]:
-    return {name for name in names if name == place or name.startswith(f"{place}.") or not place}
+def _within(names: set[str], place: str) -> set[str]:
+    return {name for name in names if name == place or name.startswith(f"{place}.")}
+
+
+def _has_company(name: str, used: set[str], attention: set[str]) -> bool:
+    """Whether the innermost module with this layer and another one, below the model, is an MLP."""
+    place = name
+    while place and _within(used, place) == {name}:
+        place = place.rpartition(".")[0]
+    return bool(place) and not _within(attention, place)
 
 
 class _Watch(TorchFunctionMode):
