@@ -5,7 +5,7 @@ from shapwrap.data.captioned_images import CaptionedImages, captioned_images
 from shapwrap.data.digits import ClutteredDigits, DigitScene
 from shapwrap.data.hugging_face import HuggingFaceImages, HuggingFaceStream
 from shapwrap.data.image_text_shards import ImageTextShards
-from shapwrap.data.imagenet import imagenet, imagenette
+from shapwrap.data.imagenet_folders import imagenet, imagenette
 from shapwrap.data.imagenet_s import ImageNetS
 from shapwrap.data.imagenet_segmentation import ImageNetSegmentation
 from shapwrap.data.pets import PetSegmentation

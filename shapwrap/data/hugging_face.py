@@ -277,8 +277,8 @@ def _picture(given: Any, key: str) -> Image.Image:
         given = Image.fromarray(given)
     if not isinstance(given, Image.Image):
         raise ArgumentError(
-            f"{key} is {type(given).__name__}; expected a PIL image, or an array of bytes. Cast the "
-            "column: dataset.cast_column(image, datasets.Image())."
+            f"{key} is {type(given).__name__}; expected a PIL image, or an array of bytes. Cast "
+            "the column: dataset.cast_column(image, datasets.Image())."
         )
     return given.convert("RGB")
 
