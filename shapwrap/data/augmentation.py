@@ -85,7 +85,8 @@ def timm_transforms(
             scale=chosen.scale,
             hflip=chosen.flip,
             auto_augment=chosen.auto_augment,
-            color_jitter=chosen.color_jitter,
+            # 0 would add a step that does nothing.
+            color_jitter=chosen.color_jitter or None,
             re_prob=chosen.erasing,
             re_mode="pixel",
         )

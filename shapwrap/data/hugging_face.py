@@ -4,7 +4,7 @@ import copy
 import itertools
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ class HuggingFaceStream:
         """Batches of one process in a whole epoch."""
         return self.num_samples // (self._batch_size * self._processes)
 
-    def split(self, process_index: int, num_processes: int) -> Self:
+    def split(self, process_index: int, num_processes: int) -> "HuggingFaceStream":
         """A copy with the share of one process; the trainers call it.
 
         Raises:
