@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
+from torchvision.transforms import Compose
 
 from shapwrap.backbones.base import Normalization
-from shapwrap.data.image_text_sample import Transform
 from shapwrap.errors import ArgumentError
 from shapwrap.wrapper import ShapleyWrapper
 
@@ -38,8 +38,8 @@ IMAGENETTE = Augmentation(scale=(0.35, 1.0))
 class Transforms(NamedTuple):
     """From a PIL image in RGB to a normalised tensor [3, H, W]."""
 
-    training: Transform
-    validation: Transform
+    training: Compose
+    validation: Compose
 
 
 def timm_transforms(
@@ -72,6 +72,8 @@ def timm_transforms(
     told = getattr(wrapped.model, "pretrained_cfg", None)
     configuration: dict[str, Any] = resolve_data_config({}, pretrained_cfg=told) if told else {}
     mean, std = statistics
+    # A jitter of 0 would be a step that does nothing.
+    jitter: Any = chosen.color_jitter or None
     common: dict[str, Any] = {
         "input_size": (len(mean), *wrapped.image_size),
         "mean": tuple(mean),
@@ -85,8 +87,7 @@ def timm_transforms(
             scale=chosen.scale,
             hflip=chosen.flip,
             auto_augment=chosen.auto_augment,
-            # 0 would add a step that does nothing.
-            color_jitter=chosen.color_jitter or None,
+            color_jitter=jitter,
             re_prob=chosen.erasing,
             re_mode="pixel",
         )

@@ -80,9 +80,8 @@ class _Layers:
 
     def _ask(self, model: Any) -> None:
         named = dict(model.named_parameters())
-        numbers: dict[str, int] = group_parameters(
-            model, model.group_matcher(coarse=False), reverse=True
-        )
+        found: Any = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        numbers: dict[str, int] = found
         last = max(numbers.values(), default=0)
         # The highest group is that of the head, which has the full rate.
         layers: list[list[nn.Parameter]] = [[] for _ in range(last)]

@@ -187,21 +187,19 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _factors(model: nn.Module) -> list[nn.Parameter]:
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     products = [product for layer in layers for product in (layer.lora_A, layer.lora_B)]
     return [parameter for product in products for parameter in product.parameters()]
 
 
 def _draw(model: nn.Module, generator: torch.Generator) -> None:
     """The first factors as peft draws them, but from this generator."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for layer in module.lora_A.values():
-                weight: Any = layer.weight
-                drawn = torch.empty(weight.shape)
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-                with torch.no_grad():
-                    weight.copy_(drawn)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for factor in [factor for layer in layers for factor in layer.lora_A.values()]:
+        drawn = torch.empty(factor.weight.shape)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            factor.weight.copy_(drawn)
 
 
 def _idle(wrapped: ShapleyWrapper) -> list[str]:

@@ -21,7 +21,7 @@ def head_of(module: nn.Module, head: Iterable[nn.Parameter] | None = None) -> li
     if head is not None:
         return list(head)
     told: Any = getattr(module, "head_parameters", None)
-    found = list(told()) if callable(told) else []
+    found: list[nn.Parameter] = [] if told is None else list(told())
     passed = getattr(module, "new_head", None)
     if isinstance(passed, nn.Module):
         found += passed.parameters()
