@@ -57,12 +57,14 @@ CONFINED = {
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
     "open_clip": ["zoo", "training"],
     "webdataset": ["data"],
+    "peft": ["training"],
+    "datasets": ["data"],
     "pebble": ["zoo"],
     # Of an example only.
     "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
-OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset"]
+OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
 
 
 def _group(path):

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from shapwrap._types import Images
+from shapwrap.data.seeded import seeded
 from shapwrap.data.shard_reader import IMAGES, StoredSample
 from shapwrap.data.skipped import Skip
 from shapwrap.errors import ArgumentError
-from shapwrap.training.random_stream import global_states_kept
 
 Captions = Literal["first", "random"]
 Transform = Callable[[Any], Tensor]
@@ -48,12 +47,7 @@ def decode(
     image = picture_of(sample)
     if isinstance(image, Skip):
         return image
-    drawn = generator.getrandbits(63)
-    with global_states_kept():
-        random.seed(drawn)
-        np.random.seed(drawn % 2**32)  # noqa: NPY002 - the state that transforms draw from
-        # Not torch.manual_seed, which would seed every GPU as well.
-        torch.default_generator.manual_seed(drawn)
+    with seeded(generator.getrandbits(63)):
         return transformed(image, transform, sample.key), caption
 
 

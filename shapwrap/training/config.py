@@ -8,6 +8,7 @@ from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError
 
 Precision = Literal["no", "bf16", "fp16"]
+Trainable = Literal["all", "head"]
 Config = TypeVar("Config", bound="LoopConfig")
 
 
@@ -44,6 +45,21 @@ class LoopConfig:
     """Batches an optimizer step."""
     precision: Precision = "no"
     """Autocast of the encoder; head and losses stay in float32."""
+    trainable: Trainable = "all"
+    """What learns: "head" for the head alone, its readout's layer included, on a backbone that
+    stays as it is, in eval mode. Parameters that require no gradient never learn."""
+    layer_decay: float | None = None
+    """Learning rate of each layer as a multiple of that of the layer above it; the head has the
+    full rate. None, as 1, for one rate for all layers."""
+    ema_decay: float | None = None
+    """Of an exponential moving average of the weights, which validation and the finished model
+    have; None for no average."""
+    mixup: float = 0.0
+    """Alpha of mixup: two images blended, and their labels; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix: a box of one image in another, labels by area; 0 for none."""
+    mixing_probability: float = 1.0
+    """Share of the batches to which mixup or cutmix is done."""
     freeze_batch_norm: bool = True
     """Keep batch statistics as pretrained, so that both branches and inference share them."""
 
@@ -71,12 +87,21 @@ class LoopConfig:
                     f"{name} is {getattr(self, name)}; expected at least 1, or None."
                 )
         self._check_not_negative("weight_decay", "learning_rate", "head_multiplier")
-        self._check_choices(precision=Precision)
+        self._check_not_negative("mixup", "cutmix")
+        self._check_choices(precision=Precision, trainable=Trainable)
         if self.gradient_clip is not None and self.gradient_clip <= 0:
             raise ArgumentError(
                 f"gradient_clip is {self.gradient_clip}; expected more than 0, or None."
             )
-        self._check_shares("warmup", "label_smoothing")
+        self._check_shares("warmup", "label_smoothing", "mixing_probability")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ArgumentError(
+                f"layer_decay is {self.layer_decay}; expected more than 0 and at most 1, or None."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ArgumentError(
+                f"ema_decay is {self.ema_decay}; expected between 0 and 1, such as 0.9998, or None."
+            )
 
     def what_training_depends_on(self) -> dict[str, Any]:
         """All settings but those that only decide what is written, shown or stopped when."""

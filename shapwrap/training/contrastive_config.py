@@ -36,3 +36,8 @@ class ContrastiveConfig(ShapleyConfig):
                 f"label_smoothing is {self.label_smoothing}; expected 0: contrastive losses have "
                 "none."
             )
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name):
+                raise ArgumentError(
+                    f"{name} is {getattr(self, name)}; expected 0: a mixed image has no one text."
+                )

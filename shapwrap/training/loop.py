@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from shapwrap.errors import CheckpointError, DataWorkerError, ShapwrapError, TrainingError
 from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
 from shapwrap.training import checkpoint, engine
+from shapwrap.training.averaged_weights import AveragedWeights
 from shapwrap.training.config import LoopConfig
 from shapwrap.training.faults import CheckpointWarning, death_of_worker
 from shapwrap.training.history import History
@@ -28,6 +29,12 @@ from shapwrap.training.position import Position, Split
 from shapwrap.training.random_stream import derived_seed, global_states_kept
 from shapwrap.training.resumable_data import ResumableData
 from shapwrap.training.run_state import RunState
+from shapwrap.training.trainable import (
+    head_of,
+    kept_parameters,
+    resting_modules,
+    without_gradients,
+)
 
 
 class Loop(ABC):
@@ -39,13 +46,17 @@ class Loop(ABC):
             list of batches. Several processes need a DataLoader, which is split.
         val_data: The same for validation.
         config: Settings.
-        head: Parameters that learn faster, by `head_multiplier`; by default what the module's own
-            `head_parameters()` tells.
+        head: Parameters that learn faster, by `head_multiplier`, or alone, with `trainable="head"`;
+            by default what the module's own `head_parameters()` tells.
         accelerator: One of your own, for trackers or plugins; made from `config` by default.
 
     Raises:
-        TrainingError: The data is not iterable, or has no length and `steps_per_epoch` is unset.
+        TrainingError: The data is not iterable, or has no length and `steps_per_epoch` is unset, or
+            there is nothing to train.
     """
+
+    averaged_weights: AveragedWeights | None = None
+    """The moving average of the weights, with `ema_decay`."""
 
     def __init__(
         self,
@@ -66,9 +77,16 @@ class Loop(ABC):
         self._batches = engine.batches_per_epoch(self._train_data, config)
         steps = config.epochs * math.ceil(self._batches / config.accumulation)
         self.total_steps = min(steps, config.max_steps or steps)
-        optimizer = make_optimizer(module, config, head)
-        scheduler = make_scheduler(optimizer, config, self.total_steps)
-        self.model = engine.prepare_model(self.accelerator, module)
+        head = head_of(module, head)
+        self._kept = kept_parameters(module, config, head)
+        with without_gradients(self._kept):
+            optimizer = make_optimizer(module, config, head)
+            scheduler = make_scheduler(optimizer, config, self.total_steps)
+            self.model = engine.prepare_model(self.accelerator, module)
+            if config.ema_decay is not None:
+                trained = self.accelerator.unwrap_model(self.model)
+                self.averaged_weights = AveragedWeights(trained, config.ema_decay)
+                self.accelerator.register_for_checkpointing(self.averaged_weights)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = self.accelerator.prepare_scheduler(scheduler)
         self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
@@ -98,6 +116,8 @@ class Loop(ABC):
 
     def _frozen(self) -> list[nn.Module]:
         """Layers that stay in eval mode."""
+        if self._settings.trainable == "head":
+            return resting_modules(self.model)
         return batch_norms(self.model) if self._settings.freeze_batch_norm else []
 
     # --- what a user calls --------------------------------------------------------------------
@@ -127,7 +147,11 @@ class Loop(ABC):
             )
         device = self.accelerator.device
         modes = {module: module.training for module in self.model.modules()}
-        with global_states_kept(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            global_states_kept(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            without_gradients(self._kept),
+        ):
             try:
                 self._fit(resume)
             finally:
@@ -159,6 +183,8 @@ class Loop(ABC):
             with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
                 while position.step < self.total_steps:
                     self._run_epoch(position, bar)
+            if self.averaged_weights is not None:
+                self.averaged_weights.put_in_place()
         except ShapwrapError as error:
             self._report_end(error, position)
             raise
@@ -201,6 +227,8 @@ class Loop(ABC):
                 position.batch = seen
                 if update:
                     position.step += 1
+                    if self.averaged_weights is not None:
+                        self.averaged_weights.update(position.step)
                     self._after_step(position, window, bar)
                 if position.step >= self.total_steps:
                     break
@@ -263,7 +291,9 @@ class Loop(ABC):
     def _after_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
         done = position.step >= self.total_steps
         if done or position.epoch % self._settings.validate_every == 0:
-            metrics = self._validate()
+            averaged = self.averaged_weights
+            with nullcontext() if averaged is None else averaged.in_place():
+                metrics = self._validate()
             if metrics is not None:
                 shown = {k: f"{metrics[k]:.3f}" for k in ("accuracy", "skill") if k in metrics}
                 bar.set_postfix(shown)

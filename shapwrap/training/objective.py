@@ -71,16 +71,31 @@ class Objective:
         """Lambda after this share of the steps; see `ShapleyConfig.ramped_weight`."""
         return self.config.ramped_weight(progress)
 
-    def __call__(self, output: ShapleyOutput, targets: Tensor, progress: float) -> Terms:
-        """All terms of one batch; `progress` is the share of the steps that are done."""
+    def __call__(
+        self,
+        output: ShapleyOutput,
+        targets: Tensor,
+        progress: float,
+        masked_targets: Float[Tensor, "batch coalitions classes"] | None = None,
+    ) -> Terms:
+        """All terms of one batch.
+
+        Args:
+            output: Of both branches.
+            targets: Class indices [B], or probabilities [B, K].
+            progress: Share of the steps that are done.
+            masked_targets: Of the coalitions; `targets` for all coalitions of an image if None.
+        """
         task = self._loss(output.logits, targets, self.config.label_smoothing)
         shapley = shapley_loss(output)
         masked_task = torch.zeros_like(task)
         if self.config.masked_cross_entropy > 0:
             masked = masked_logits(output) if self.has_baseline else output.values
-            masked_task = self._loss(
-                masked.flatten(0, 1), targets.repeat_interleave(masked.shape[1], dim=0), 0.0
-            )
+            if masked_targets is None:
+                asked = targets.repeat_interleave(masked.shape[1], dim=0)
+            else:
+                asked = masked_targets.flatten(0, 1)
+            masked_task = self._loss(masked.flatten(0, 1), asked, 0.0)
         total = (
             task
             + self.shapley_weight(progress) * shapley

@@ -10,18 +10,20 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from shapwrap.errors import TrainingError
 from shapwrap.training.config import LoopConfig
+from shapwrap.training.layer_decay import layer_scales
+from shapwrap.training.trainable import head_of
 
 
 def parameter_groups(
     module: nn.Module, config: LoopConfig, head: Iterable[nn.Parameter] | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: with and without weight decay, backbone and head.
+    """Groups for an optimizer: with and without weight decay, backbone and head, by layers.
 
     Args:
         module: A model, or one that holds a model as `model`.
         config: Rates and decay.
         head: Parameters of the head; by default what the module's own `head_parameters()` tells,
-            none where it has no such method.
+            and all of a head that was passed to a wrapped model; none for other modules.
 
     Raises:
         TrainingError: Every parameter is frozen.
@@ -33,8 +35,10 @@ def parameter_groups(
         names |= {f"{prefix}{name}" for name in listed}
     # Tokens and positions, [1, T, D], are no weights, whether or not the model lists them.
     names |= {n for n, p in module.named_parameters() if p.ndim == 3 and p.shape[0] == 1}
-    told: Any = getattr(module, "head_parameters", tuple)
-    head_ids = {id(parameter) for parameter in (told() if head is None else head)}
+    head = head_of(module, head)
+    head_ids = {id(parameter) for parameter in head}
+    decay = config.layer_decay
+    scales = {} if decay is None else layer_scales(module, decay, head)
     groups: list[dict[str, Any]] = []
     decay_groups: Any = param_groups_weight_decay(
         module, config.weight_decay, no_weight_decay_list=names
@@ -43,8 +47,14 @@ def parameter_groups(
         for of_head in (False, True):
             parameters = [p for p in group["params"] if (id(p) in head_ids) == of_head]
             rate = config.learning_rate * (config.head_multiplier if of_head else 1.0)
-            if parameters:
-                groups.append({**group, "params": parameters, "lr": rate})
+            layers: dict[float, list[nn.Parameter]] = {}
+            for parameter in parameters:
+                layers.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+            # The highest layer first: its rate is that of the history.
+            groups += [
+                {**group, "params": layers[scale], "lr": rate * scale}
+                for scale in sorted(layers, reverse=True)
+            ]
     if not groups:
         raise TrainingError(
             "all parameters are frozen (requires_grad is False); expected some to train."

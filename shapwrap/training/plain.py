@@ -15,6 +15,7 @@ from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.training import engine
 from shapwrap.training.config import LoopConfig, config_of_kind
 from shapwrap.training.loop import Loop
+from shapwrap.training.mixing import Mixing
 from shapwrap.training.objective import TaskLoss, cross_entropy
 from shapwrap.training.position import Position
 from shapwrap.training.validation import averaged
@@ -61,7 +62,8 @@ def fine_tune(
         )
     config = config_of_kind(config, LoopConfig)
     # With one rate for all there is no need to know.
-    found = _classifier(model, head) if config.head_multiplier != 1 else []
+    same = config.head_multiplier == 1 and config.layer_decay is None
+    found = [] if same and config.trainable == "all" else _classifier(model, head)
     loop = _FineTuning(model, train_data, val_data, config, found, task_loss, accelerator)
     return loop.fit(resume=resume)
 
@@ -83,11 +85,15 @@ class _FineTuning(Loop):
             model, train_data, val_data, config=config, head=head, accelerator=accelerator
         )
         self._task_loss = task_loss
+        self._mixing = Mixing.of(config)
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, targets = batch
+        mixed = None if self._mixing is None else self._mixing(images, position.coalitions)
         with engine.autocast(self.accelerator, self._settings):
-            logits = mean_output(self.model(images))
+            logits = mean_output(self.model(images if mixed is None else mixed.images))
+        if mixed is not None:
+            targets = mixed.targets(targets, logits.shape[1])
         # Losses stay in float32, as in the Trainer.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._task_loss is not None:

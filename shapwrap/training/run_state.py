@@ -68,7 +68,7 @@ class RunState:
             CheckpointError: The optimizer or what is registered is another.
         """
         own = self.model_state()
-        self._module.load_state_dict({name: _like(own[name], model[name]) for name in own})
+        self._module.load_state_dict({name: placed_like(own[name], model[name]) for name in own})
         registered = training["registered"]
         if len(registered) != len(self._registered):
             raise CheckpointError(
@@ -101,7 +101,9 @@ class RunState:
             **state,
             "state": {
                 index: {
-                    name: _like(parameters[index], value) if index < len(parameters) else value
+                    name: placed_like(parameters[index], value)
+                    if index < len(parameters)
+                    else value
                     for name, value in values.items()
                 }
                 for index, values in state["state"].items()
@@ -109,7 +111,7 @@ class RunState:
         }
 
 
-def _like(own: Any, value: Any) -> Any:
+def placed_like(own: Any, value: Any) -> Any:
     """The value, split among processes where this tensor is."""
     mesh = getattr(own, "device_mesh", None)
     if mesh is None or not isinstance(value, Tensor) or value.shape != own.shape:

@@ -13,6 +13,7 @@ from shapwrap.training import engine
 from shapwrap.training.config import TrainerConfig, config_of_kind
 from shapwrap.training.fresh_coalitions import fresh_coalitions
 from shapwrap.training.loop import Loop
+from shapwrap.training.mixing import Mixing
 from shapwrap.training.objective import Objective, TaskLoss
 from shapwrap.training.position import Position
 from shapwrap.training.validation import validate
@@ -60,6 +61,7 @@ class Trainer(Loop):
         self.config = config_of_kind(config, TrainerConfig)
         self.wrapped = wrapped
         self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
+        self._mixing = Mixing.of(self.config)
         super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
@@ -106,7 +108,11 @@ class Trainer(Loop):
         return None if self._val_data is None else self.evaluate()
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
-        images, targets = batch
+        images, labels = batch
+        mixed = None if self._mixing is None else self._mixing(images, position.coalitions)
+        targets, num_classes = labels, self.wrapped.num_classes
+        if mixed is not None:
+            images, targets = mixed.images, mixed.targets(labels, num_classes)
         with engine.autocast(self.accelerator, self.config):
             if not self.objective.needs_coalitions:
                 return self.objective.plain(self.model(images), targets).named()
@@ -118,7 +124,12 @@ class Trainer(Loop):
                 position.coalitions,
             )
             output = self.model(images, coalitions, paired=True)
-        return self.objective(output, targets, position.step / self.total_steps).named()
+        masked_targets = None
+        if mixed is not None:
+            grid, covered = self.wrapped.grid_of(images), self.wrapped.covered(images)
+            masked_targets = mixed.masked_targets(labels, num_classes, coalitions, grid, covered)
+        progress = position.step / self.total_steps
+        return self.objective(output, targets, progress, masked_targets).named()
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self._labelled(batch)
