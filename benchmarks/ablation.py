@@ -177,7 +177,7 @@ def measure(wrapped: ShapleyWrapper, options: argparse.Namespace) -> dict[str, f
         explanation = wrapped.explain(images)
         correct += (explanation.target.cpu() == labels).tolist()
         generator = torch.Generator().manual_seed(index)
-        audit = wrapped.audit(images, num_coalitions=8, generator=generator)
+        audit = wrapped.audit(images, num_coalitions=4, generator=generator)
         residuals.append(torch.stack((audit.residual, audit.trivial_residual), dim=1).cpu())
         if index * options.batch_size < options.explained:
             maps = explanation.values.unflatten(1, explanation.grid)
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help=f"holds {WEIGHTS}")
     parser.add_argument("--out", type=Path, default=Path("out/ablation"))
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES))
-    for name, default in (("size", 112), ("train-images", 1200), ("held-out", 400)):
+    for name, default in (("size", 112), ("train-images", 1200), ("held-out", 900)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("explained", 100), ("epochs", 4), ("batch-size", 16), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -260,18 +260,16 @@ def test_evaluate_is_accuracy_and_skill_of_all_images():
 def test_objective():
     output = ShapleyOutput(torch.randn(3, 5), torch.randn(3, 2, 5), torch.randn(3, 2, 5))
     targets = torch.tensor([0, 1, 4])
-    objective = Objective(
-        TrainerConfig(shapley_weight=8.0, shapley_ramp=0.5, masked_cross_entropy=2.0)
-    )
-    terms = objective(output, targets, progress=0.25)
+    config = TrainerConfig(shapley_weight=8.0, shapley_ramp=0.5, masked_cross_entropy=2.0)
+    terms = Objective(config)(output, targets, config.ramped_weight(0.25))
     cross_entropy = torch.nn.functional.cross_entropy
     task = cross_entropy(output.logits, targets)
     masked = sum(cross_entropy(output.values[:, i], targets) for i in range(2)) / 2
     expected = task + 4 * shapley_loss(output) + 2 * masked
     torch.testing.assert_close(terms.total, expected)
-    assert objective.shapley_weight(0.0) == 0
-    assert objective.shapley_weight(1.0) == 8
-    assert Objective(TrainerConfig(shapley_weight=8.0, shapley_ramp=0.0)).shapley_weight(0.0) == 8
+    assert config.ramped_weight(0.0) == 0
+    assert config.ramped_weight(1.0) == 8
+    assert TrainerConfig(shapley_weight=8.0, shapley_ramp=0.0).ramped_weight(0.0) == 8
 
 
 def test_loss_reductions_and_gradients():

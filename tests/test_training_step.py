@@ -132,7 +132,7 @@ def test_a_step_of_the_trainer_never_waits_for_the_device(kind, accumulation):
     wrapped.to(DEVICE)
     generator = torch.Generator().manual_seed(0)
     position = SimpleNamespace(coalitions=generator, step=0, batch=0)
-    window = LossWindow()
+    window = LossWindow(lambda means: means)
     with no_waiting():
         window.add(trainer._step((images, labels), position, update=True))
         window.add(trainer._step((images, labels), position, update=False))

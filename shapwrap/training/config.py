@@ -141,8 +141,9 @@ class ShapleyConfig(LoopConfig):
         ArgumentError: A value outside its range.
     """
 
-    shapley_weight: float = 100.0
-    """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2."""
+    shapley_weight: float | Literal["auto"] = 100.0
+    """Lambda of Eq. 14 at the end of its ramp, in 1 / logit^2. "auto", of a `Trainer`: as large as
+    `max_accuracy_drop` allows, without a ramp."""
     shapley_ramp: float = 0.6
     """Share of the steps over which lambda grows linearly from 0."""
     num_coalitions: int = 2
@@ -161,7 +162,12 @@ class ShapleyConfig(LoopConfig):
                     f"{name} is {getattr(self, name)}; expected an even number, at least 2: "
                     "coalitions come with their complements."
                 )
-        self._check_not_negative("shapley_weight")
+        if self.shapley_weight != "auto":
+            if not isinstance(self.shapley_weight, int | float):
+                raise ArgumentError(
+                    f"shapley_weight is {self.shapley_weight!r}; expected a number or 'auto'."
+                )
+            self._check_not_negative("shapley_weight")
         self._check_choices(distribution=Distribution)
         self._check_shares("shapley_ramp")
 
@@ -171,6 +177,8 @@ class ShapleyConfig(LoopConfig):
         A fresh head has no signal to share out yet; with the full weight from the first step,
         uniform values would be learned before the task.
         """
+        if self.shapley_weight == "auto":
+            raise ArgumentError("shapley_weight is 'auto', which has no ramp; expected a number.")
         ramp = self.shapley_ramp
         return self.shapley_weight * (min(1.0, progress / ramp) if ramp > 0 else 1.0)
 
@@ -185,11 +193,15 @@ class TrainerConfig(ShapleyConfig):
 
     masked_cross_entropy: float = 1.0
     """Weight of the task loss on v(s), the logits of masked images; 0 for none."""
+    max_accuracy_drop: float = 0.0
+    """With `shapley_weight="auto"`: by how much accuracy on the validation data may be below that
+    of plain training with the same settings, as a share of the images."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         self._check_not_negative("masked_cross_entropy")
+        self._check_shares("max_accuracy_drop")
 
 
 def config_of_kind(config: object, kind: type[Config]) -> Config:

@@ -72,7 +72,7 @@ class ContrastiveTrainer(Loop):
         self.config = config_of_kind(config, ContrastiveConfig)
         self.clip = clip if isinstance(clip, ShapleyCLIP) else None
         self._towers: Any = clip.model if isinstance(clip, ShapleyCLIP) else clip
-        if self.clip is None and self.config.shapley_weight > 0:
+        if self.clip is None and self.config.shapley_weight != 0:
             raise ArgumentError(
                 f"shapley_weight is {self.config.shapley_weight}, but {type(clip).__name__} has no "
                 "patch values; expected ShapleyCLIP(model), or shapley_weight=0 for a plain model."
@@ -157,16 +157,7 @@ class ContrastiveTrainer(Loop):
                 output = self.model(images, texts, coalitions, paired=True)
             else:
                 output = self.model(images, texts)
-        return self._over_processes(self.objective(output, position.step / self.total_steps))
-
-    def _over_processes(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Terms with the value of their mean over processes and the gradient of their own."""
-        if self.accelerator.num_processes == 1:
-            return terms
-        own = torch.stack([term.detach() for term in terms.values()])
-        means: Any = self.accelerator.reduce(own.clone(), reduction="mean")
-        shifts = (means - own).unbind()
-        return {name: term + by for (name, term), by in zip(terms.items(), shifts, strict=True)}
+        return self.objective(output, position.step / self.total_steps)
 
     def _step(self, batch: Any, position: Position, *, update: bool) -> dict[str, Tensor]:
         terms = super()._step(batch, position, update=update)

@@ -22,7 +22,7 @@ class ContrastiveConfig(ShapleyConfig):
     pairs, which needs a model with a logit bias."""
     train_text: bool = False
     """Train the text tower, too. Otherwise it stays as it is, bit for bit, and in eval mode."""
-    shapley_weight: float = 1000.0
+    shapley_weight: float | Literal["auto"] = 1000.0
     """Lambda at the end of its ramp, in 1 / similarity^2. A similarity times the scale s is a
     logit, so this is 1000 / s^2 in 1 / logit^2: 5 at CLIP's first scale, 14; 0.1 at its last,
     100."""
@@ -31,6 +31,11 @@ class ContrastiveConfig(ShapleyConfig):
         """Check the ranges."""
         super().__post_init__()
         self._check_choices(loss=ContrastiveLoss)
+        if self.shapley_weight == "auto":
+            raise ArgumentError(
+                "shapley_weight is 'auto'; expected a number: a contrastive run has no accuracy to "
+                "hold."
+            )
         if self.label_smoothing:
             raise ArgumentError(
                 f"label_smoothing is {self.label_smoothing}; expected 0: contrastive losses have "

@@ -72,7 +72,7 @@ class ContrastiveObjective:
     @property
     def needs_coalitions(self) -> bool:
         """Whether any term reads the masked branch."""
-        return self.config.shapley_weight > 0
+        return self.config.shapley_weight != 0
 
     def contrastive(self, features: Features) -> Tensor:
         """The task loss: matching pairs against all others of the global batch."""

@@ -114,6 +114,12 @@ class Loop(ABC):
         """What else goes into a training record."""
         return {}
 
+    def _after_record(self, position: Position, means: dict[str, float]) -> None:  # noqa: B027
+        """What follows from the mean losses since the last record, the same in all processes."""
+
+    def _finish(self, position: Position) -> None:  # noqa: B027
+        """What is done to the trained model in the end."""
+
     def _frozen(self) -> list[nn.Module]:
         """Layers that stay in eval mode."""
         if self._settings.trainable == "head":
@@ -185,6 +191,7 @@ class Loop(ABC):
                     self._run_epoch(position, bar)
             if self.averaged_weights is not None:
                 self.averaged_weights.put_in_place()
+            self._finish(position)
         except ShapwrapError as error:
             self._report_end(error, position)
             raise
@@ -215,7 +222,7 @@ class Loop(ABC):
     def _run_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
         skip = position.batch
         seen = position.open_epoch()
-        window = LossWindow()
+        window = LossWindow(self._mean_of_processes)
         with closing(self._epoch_batches(position, self._batches - seen)) as batches:
             for batch in batches:
                 seen += 1
@@ -282,6 +289,7 @@ class Loop(ABC):
                 **self._state_of_loss(position),
                 **means,
             )
+            self._after_record(position, means)
         every = self._settings.checkpoint_every
         # The last step is saved after its validation.
         if every is not None and position.step % every == 0 and position.step < self.total_steps:
@@ -409,6 +417,10 @@ class Loop(ABC):
                 f"labels are {type(targets).__name__}; expected a tensor, one label an image."
             )
         return images, targets
+
+    def _mean_of_processes(self, value: Tensor) -> Tensor:
+        mean: Any = self.accelerator.reduce(value, reduction="mean")
+        return mean
 
     def _moved(self, batch: Any) -> Any:
         """The same batch on the device."""

@@ -1,6 +1,7 @@
 """Losses since the last look at them, kept on the device so that no step waits for it."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,9 +10,15 @@ from shapwrap.errors import TrainingError
 
 
 class LossWindow:
-    """Running sums of the terms of the loss."""
+    """Running sums of the terms of the loss.
 
-    def __init__(self) -> None:
+    Args:
+        mean_of_processes: Averages a tensor over processes, which all see the same means then, and
+            stop together where one of them has a loss that is not finite.
+    """
+
+    def __init__(self, mean_of_processes: Callable[[Tensor], Tensor]) -> None:
+        self._mean_of_processes = mean_of_processes
         self._sum: Tensor | None = None
         self._count = 0
         self._names: tuple[str, ...] = ()
@@ -31,7 +38,7 @@ class LossWindow:
         """
         if self._sum is None:
             return {}
-        means: list[float] = (self._sum / self._count).tolist()
+        means: list[float] = self._mean_of_processes(self._sum / self._count).tolist()
         self._sum, self._count = None, 0
         found: dict[str, float] = dict(zip(self._names, means, strict=True))
         if not all(map(math.isfinite, means)):

@@ -60,22 +60,18 @@ class Objective:
     @property
     def needs_coalitions(self) -> bool:
         """Whether any term reads the masked branch; without one, training is plain fine-tuning."""
-        return self.config.shapley_weight > 0 or self.config.masked_cross_entropy > 0
+        return self.config.shapley_weight != 0 or self.config.masked_cross_entropy > 0
 
     def plain(self, logits: Tensor, targets: Tensor) -> Terms:
         """The task loss alone."""
         task = self._loss(logits, targets, self.config.label_smoothing)
         return Terms(task, task, torch.zeros_like(task), torch.zeros_like(task))
 
-    def shapley_weight(self, progress: float) -> float:
-        """Lambda after this share of the steps; see `ShapleyConfig.ramped_weight`."""
-        return self.config.ramped_weight(progress)
-
     def __call__(
         self,
         output: ShapleyOutput,
         targets: Tensor,
-        progress: float,
+        shapley_weight: float | Tensor,
         masked_targets: Float[Tensor, "batch coalitions classes"] | None = None,
     ) -> Terms:
         """All terms of one batch.
@@ -83,7 +79,7 @@ class Objective:
         Args:
             output: Of both branches.
             targets: Class indices [B], or probabilities [B, K].
-            progress: Share of the steps that are done.
+            shapley_weight: Lambda, in 1 / logit^2.
             masked_targets: Of the coalitions; `targets` for all coalitions of an image if None.
         """
         task = self._loss(output.logits, targets, self.config.label_smoothing)
@@ -96,11 +92,7 @@ class Objective:
             else:
                 asked = masked_targets.flatten(0, 1)
             masked_task = self._loss(masked.flatten(0, 1), asked, 0.0)
-        total = (
-            task
-            + self.shapley_weight(progress) * shapley
-            + self.config.masked_cross_entropy * masked_task
-        )
+        total = task + shapley_weight * shapley + self.config.masked_cross_entropy * masked_task
         return Terms(total, task, shapley, masked_task)
 
     def _loss(self, logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:

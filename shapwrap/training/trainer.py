@@ -1,6 +1,7 @@
 """Training of a wrapped model: task and Shapley loss from one call a step."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -8,15 +9,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shapwrap.clip.shapley_clip import ShapleyCLIP
-from shapwrap.errors import BackboneTypeError
-from shapwrap.training import engine
+from shapwrap.errors import BackboneTypeError, TrainingError
+from shapwrap.training import checkpoint_folder, engine
+from shapwrap.training.accuracy_budget import (
+    AccuracyBudget,
+    PlainReference,
+    reference_directory,
+)
 from shapwrap.training.config import TrainerConfig, config_of_kind
 from shapwrap.training.fresh_coalitions import fresh_coalitions
+from shapwrap.training.independent_copy import independent_copy
 from shapwrap.training.loop import Loop
 from shapwrap.training.mixing import Mixing
 from shapwrap.training.objective import Objective, TaskLoss
 from shapwrap.training.position import Position
+from shapwrap.training.processes import in_main_process
 from shapwrap.training.validation import validate
+from shapwrap.values.output import ShapleyOutput
 from shapwrap.wrapper import ShapleyWrapper
 
 
@@ -62,14 +71,24 @@ class Trainer(Loop):
         self.wrapped = wrapped
         self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
         self._mixing = Mixing.of(self.config)
+        self.reference: PlainReference | None = None
+        if self.config.shapley_weight == "auto":
+            # Before the model is prepared for its processes.
+            self.reference = self._plain_run(train_data, val_data, task_loss, accelerator)
         super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
+        self._budget = None
+        if self.reference is not None:
+            drop = self.config.max_accuracy_drop
+            self._budget = AccuracyBudget(self.reference, drop, self._mean_of_processes)
+            self.accelerator.register_for_checkpointing(self._budget.weight)
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
 
         Records of kind "train" hold step, epoch, learning_rate, shapley_weight and the means of
         loss, task_loss, shapley_loss (squared logits) and masked_task_loss; those of kind
-        "validation" what `evaluate` returns.
+        "validation" what `evaluate` returns. With `shapley_weight="auto"` a plain run goes before,
+        and the last record, of kind "budget", is what `AccuracyBudget.settle` returns.
 
         Args:
             resume: Go on from the newest whole checkpoint in `output_dir`. On a CPU, with as many
@@ -83,6 +102,9 @@ class Trainer(Loop):
             TrainingError: A loss is not finite, an epoch is shorter than announced, or a new run
                 would mix with an earlier one.
         """
+        if self._budget is not None:
+            self._budget.reference.fit(resume=resume)
+            resume = resume and self._has_begun()
         return super().fit(resume=resume)
 
     def evaluate(self, data: Iterable[Any] | None = None) -> dict[str, float]:
@@ -128,12 +150,74 @@ class Trainer(Loop):
         if mixed is not None:
             grid, covered = self.wrapped.grid_of(images), self.wrapped.covered(images)
             masked_targets = mixed.masked_targets(labels, num_classes, coalitions, grid, covered)
-        progress = position.step / self.total_steps
-        return self.objective(output, targets, progress, masked_targets).named()
+        weight = self._shapley_weight(output, coalitions, position)
+        return self.objective(output, targets, weight, masked_targets).named()
+
+    def _shapley_weight(
+        self, output: ShapleyOutput, coalitions: Tensor, position: Position
+    ) -> float | Tensor:
+        if self._budget is not None:
+            return self._budget.weight(output, coalitions)
+        return self.config.ramped_weight(position.step / self.total_steps)
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
         return self._labelled(batch)
 
     def _state_of_loss(self, position: Position) -> dict[str, float]:
-        done = (position.step - 1) / self.total_steps
-        return {"shapley_weight": self.objective.shapley_weight(done)}
+        if self._budget is not None:
+            return {"shapley_weight": self._budget.weight.last}
+        return {"shapley_weight": self.config.ramped_weight((position.step - 1) / self.total_steps)}
+
+    def _after_record(self, position: Position, means: dict[str, float]) -> None:
+        if self._budget is not None:
+            progress = self.config.log_every / self.total_steps
+            self._budget.adapt(position.step, means["task_loss"], progress)
+
+    def _finish(self, position: Position) -> None:
+        if self._budget is not None:
+            trained = self.accelerator.unwrap_model(self.model)
+            found = self._budget.settle(trained, self.evaluate)
+            self.history.add(kind="budget", step=position.step, epoch=position.epoch, **found)
+
+    def _plain_run(
+        self,
+        train_data: Iterable[Any],
+        val_data: Iterable[Any] | None,
+        task_loss: TaskLoss | None,
+        accelerator: Accelerator | None,
+    ) -> PlainReference:
+        """Plain training of a copy.
+
+        Raises:
+            TrainingError: There is no validation data.
+            ArgumentError: The model cannot be copied.
+        """
+        if val_data is None:
+            raise TrainingError(
+                "shapley_weight is 'auto', which holds accuracy on validation data; pass val_data "
+                "(a part of the training data, if there is no other), or a number."
+            )
+        plain = replace(
+            self.config,
+            output_dir=reference_directory(self.config.output_dir),
+            shapley_weight=0.0,
+            masked_cross_entropy=0.0,
+        )
+        copied = independent_copy(self.wrapped)
+        return PlainReference(
+            Trainer(
+                copied,
+                train_data,
+                val_data,
+                config=plain,
+                task_loss=task_loss,
+                accelerator=accelerator,
+            )
+        )
+
+    def _has_begun(self) -> bool:
+        """Whether this run, beside its reference, has left anything to go on from."""
+        directory = self._directory
+        if directory is None:
+            return False
+        return in_main_process(self.accelerator, lambda: bool(checkpoint_folder.folders(directory)))
