@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -104,6 +104,9 @@ def choose(model: nn.Module, request: Request) -> Choice:
     why_not = ""
     for backbone in found:
         images = random_images(backbone, size, batch=2)
+        kept = _with_class_token(backbone, images, request)
+        if kept is not None:
+            return kept
         try:
             try:
                 masking = _masking(backbone, images, request)
@@ -176,10 +179,25 @@ def _masking(backbone: Backbone, images: Images, request: Request) -> Masking:
         return "zero-mask"
     reads_patches = not backbone.ignores_patches(images)
     backbone.choose_prefix(request.prefix_tokens, head_reads_patches=reads_patches)
-    check_removal(backbone, images)
     if request.readout == ClassTokenReadout.name:
         _read_class_token(backbone, request, reads_patches=reads_patches)
+    check_removal(backbone, images)
     return "zero-mask" if request.masking == "zero-mask" else "token-removal"
+
+
+def _with_class_token(backbone: Backbone, images: Images, request: Request) -> Choice | None:
+    """The readout `class-token`, where the options leave the choice and the model admits it."""
+    if not isinstance(backbone, TokenBackbone) or request.readout != "auto":
+        return None
+    if request.masking == "zero-mask" or request.prefix_tokens == "drop":
+        return None
+    asked = replace(request, readout=ClassTokenReadout.name)
+    try:
+        return _attempt(backbone, images, asked, _masking(backbone, images, asked), None)
+    except (ShapwrapError, *FAILURES) as error:
+        logger.info("%s without its class token: %s", type(backbone.model).__name__, error)
+        backbone.reads_class_token = False
+        return None
 
 
 def _read_class_token(backbone: TokenBackbone, request: Request, *, reads_patches: bool) -> None:
@@ -247,6 +265,9 @@ def _attempt(
         _check_pooling(backbone, "the input of its classifier", hidden, pooled)
         logits = logits_of(head, complete, training=False)
         _check_pooling(backbone, "its logits", output, logits)
+    if head.reads_class_token:
+        # Not every model can run on a class token without a patch.
+        head.readout.nobody()
     if cosine:
         head.read_cosines(backbone)
         output = head.classifier(functional.normalize(hidden, dim=-1))

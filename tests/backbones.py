@@ -404,6 +404,8 @@ TOKEN_KINDS = [kind for kind in BUILDERS if any(family in kind for family in TOK
 SQUARE_KINDS = ["torchvision-vit", "convit-class-token"]
 EXACT_KINDS = [k for k in BUILDERS if "class-token" not in k or "average" in k or "whole" in k]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
+CLASS_TOKEN_KINDS = [k for k in BUILDERS if k not in EXACT_KINDS]
+"""Whose head reads the class token: dropped in a case, as the paper does, unless asked otherwise."""
 READOUTS = {
     "vit-average-norm-registers": "shared-norm",
     "vit-average-class-token": "shared-norm",
@@ -433,6 +435,8 @@ def make_case(kind, grid=(3, 4), batch=2, dtype=torch.float32, **options) -> Cas
     if kind in SQUARE_KINDS:
         grid = (grid[0], grid[0])
     model, size = build(kind, grid)
+    if kind in CLASS_TOKEN_KINDS and "readout" not in options:
+        options.setdefault("prefix_tokens", "drop")
     wrapped = ShapleyWrapper(model.to(dtype), image_size=size, **options)
     if wrapped.patch_layer is not None:
         # It starts at zero, where every patch gets the same share.

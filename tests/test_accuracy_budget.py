@@ -86,7 +86,7 @@ def test_a_head_without_signal_has_a_finite_weight():
 
 
 def test_the_weight_grows_while_the_task_can_bear_it():
-    weight = AdaptiveWeight(start=0.1, gain=6.0, tolerance=0.05)
+    weight = AdaptiveWeight(start=0.1, largest=1.0, gain=6.0, tolerance=0.05)
     weight.adapt(0.0, progress=0.1)
     assert weight.weight == pytest.approx(0.1 * math.exp(0.6))
     weight.adapt(-5.0, progress=0.1)
@@ -114,7 +114,7 @@ def test_a_saved_weight_goes_on():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"start": 0.0}, {"gain": -1.0}, {"tolerance": math.nan}, {"start": 2.0}]
+    "wrong", [{"start": 0.0}, {"gain": -1.0}, {"tolerance": math.nan}, {"start": 200.0}]
 )
 def test_numbers_that_make_no_weight(wrong):
     with pytest.raises(ArgumentError, match=next(iter(wrong))):

@@ -14,7 +14,7 @@ from shapwrap.backbones.timm_hiera import TimmHiera
 from shapwrap.backbones.timm_tokens import TimmTokens
 from shapwrap.backbones.tokens import TokenBackbone
 from shapwrap.errors import ImageError, MaskingError
-from tests.backbones import TOKEN_KINDS, cases, make_case, random_coalitions
+from tests.backbones import CLASS_TOKEN_KINDS, TOKEN_KINDS, cases, make_case, random_coalitions
 from tests.removal_reference import reference_value
 
 PREFIXED = ("class-token", "registers", "beit", "eva", "tnt", "torchvision")
@@ -71,7 +71,9 @@ def test_unfused_attention_is_masked_too(kind):
 @pytest.mark.parametrize("kind", PREFIX_KINDS)
 @torch.no_grad()
 def test_one_pass_a_pair_is_two_passes_with_or_without_prefix(kind, prefix_tokens):
-    case = make_case(kind, prefix_tokens=prefix_tokens)
+    # "auto" would keep the class token for the head, too.
+    readout = {"readout": "affine"} if kind in CLASS_TOKEN_KINDS else {}
+    case = make_case(kind, prefix_tokens=prefix_tokens, **readout)
     assert case.wrapped.report().masking == "token-removal"
     coalitions = random_coalitions(case, 4, seed=3, paired=True)
     coalitions[:, 0], coalitions[:, 1] = True, False
@@ -233,6 +235,7 @@ def test_prefix_tokens_are_dropped_or_kept():
     assert sensitivity("vit-registers") == 0
     assert sensitivity("eva-class-token") == 0
     assert sensitivity("vit-registers", prefix_tokens="keep") > 1e-4
+    assert sensitivity("vit-registers", prefix_tokens="keep", readout="affine") > 1e-4
     assert sensitivity("vit-average-norm-registers") > 1e-4
     assert sensitivity("vit-average-norm-registers", prefix_tokens="drop") == 0
 

@@ -139,7 +139,7 @@ def _gathered_mean(backbone: TokenBackbone, images: Images, coalition: Tensor) -
     tokens = torch.cat((remaining.prefix, remaining.patches), dim=1)
     encoded = backbone.encode(tokens, remaining.positions, mask)
     everyone = encoded.new_ones(encoded.shape[:2], dtype=torch.bool)
-    return backbone.weigh(encoded, everyone, remaining.prefix.shape[1]).mean(dim=1)
+    return backbone.read(encoded, everyone, remaining.prefix.shape[1], copies=1).mean(dim=1)
 
 
 def _largest(tensor: Tensor) -> float:

@@ -42,9 +42,9 @@ class AdaptiveWeight:
     def __init__(
         self,
         *,
-        start: float = 0.02,
-        largest: float = 1.0,
-        gain: float = 6.0,
+        start: float = 0.2,
+        largest: float = 50.0,
+        gain: float = 10.0,
         tolerance: float = 0.05,
         mean_of_processes: Callable[[Tensor], Tensor] | None = None,
     ):
