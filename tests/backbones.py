@@ -405,7 +405,7 @@ SQUARE_KINDS = ["torchvision-vit", "convit-class-token"]
 EXACT_KINDS = [k for k in BUILDERS if "class-token" not in k or "average" in k or "whole" in k]
 EXACT_KINDS = [k for k in EXACT_KINDS if k not in ("vit-registers", "torchvision-vit")]
 CLASS_TOKEN_KINDS = [k for k in BUILDERS if k not in EXACT_KINDS]
-"""Whose head reads the class token: dropped in a case, as the paper does, unless asked otherwise."""
+"""Whose head reads the class token: dropped in a case, as the paper does, unless asked."""
 READOUTS = {
     "vit-average-norm-registers": "shared-norm",
     "vit-average-class-token": "shared-norm",

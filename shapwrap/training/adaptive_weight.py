@@ -7,22 +7,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapwrap.audit import residuals
 from shapwrap.errors import ArgumentError
+from shapwrap.values.game import total_of_pairs
 from shapwrap.values.output import ShapleyOutput
 
 MEMORY = 0.95
-"""Of the running mean of the trivial residual, a step."""
+"""Of the running mean of the squared total, a step."""
 FLOOR = 0.01
-"""Squared logits: what an even spread misses by less needs no explanation yet, as of a new head."""
+"""Squared logits: a smaller total needs no explanation yet, as that of a new head."""
 
 
 class AdaptiveWeight:
-    """Lambda = w / R with the running mean R of E (v(s) - (|s| / N) v(1))^2.
+    """Lambda = w / M with the running mean M of v(1)^2 over images and classes.
 
-    So lambda * Shapley loss = w (1 - skill): whatever the scale of the logits, w is what a lack of
-    skill of 1 costs, in the unit of the task loss. w grows while the task loss is hardly above a
-    reference, that of plain training at the same step, and shrinks while it is further above:
+    So lambda * Shapley loss is w times the error of the explanation as a share of what there is to
+    explain, and w has the unit of the task loss, whatever the scale of the logits. w grows while
+    the task loss is hardly above a reference, that of plain training at the same step, and shrinks
+    while it is further above:
 
         d ln w / d progress = gain * clip(1 - excess / tolerance, -2, 1),
 
@@ -42,9 +43,9 @@ class AdaptiveWeight:
     def __init__(
         self,
         *,
-        start: float = 0.2,
-        largest: float = 50.0,
-        gain: float = 10.0,
+        start: float = 1.0,
+        largest: float = 1000.0,
+        gain: float = 8.0,
         tolerance: float = 0.05,
         mean_of_processes: Callable[[Tensor], Tensor] | None = None,
     ):
@@ -57,7 +58,7 @@ class AdaptiveWeight:
         self._largest, self._gain, self._tolerance = largest, gain, tolerance
         self._mean_of_processes = mean_of_processes
         self._log_weight = math.log(start)
-        self._residual = torch.zeros(())
+        self._square = torch.zeros(())
         self._share = 0.0
         self._last = torch.zeros(())
 
@@ -72,19 +73,19 @@ class AdaptiveWeight:
         return math.exp(self._log_weight)
 
     @torch.no_grad()
-    def __call__(self, output: ShapleyOutput, coalitions: Tensor) -> Float[Tensor, ""]:
+    def __call__(self, output: ShapleyOutput) -> Float[Tensor, ""]:
         """Lambda for this batch, in 1 / logit^2, a scalar tensor; nothing waits for the device.
 
         Args:
-            output: Of both branches.
-            coalitions: Of `output`, complement pairs, [B, S, N].
+            output: Of both branches, with complement pairs of coalitions.
         """
-        trivial = residuals(output, coalitions)[1].mean()
+        # The logits less the baseline, which the output does not tell.
+        square = total_of_pairs(output.estimates)[:, 0].square().mean()
         if self._mean_of_processes is not None:
-            trivial = self._mean_of_processes(trivial)
-        self._residual = MEMORY * self._residual.to(trivial) + (1 - MEMORY) * trivial
+            square = self._mean_of_processes(square)
+        self._square = MEMORY * self._square.to(square) + (1 - MEMORY) * square
         self._share = MEMORY * self._share + (1 - MEMORY)
-        self._last = self.weight / (self._residual / self._share).clamp_min(FLOOR)
+        self._last = self.weight / (self._square / self._share).clamp_min(FLOOR)
         return self._last
 
     def adapt(self, excess: float, progress: float) -> None:
@@ -102,7 +103,7 @@ class AdaptiveWeight:
         """Everything that changes."""
         return {
             "log_weight": self._log_weight,
-            "residual": self._residual,
+            "square": self._square,
             "share": self._share,
             "last": self._last,
         }
@@ -110,5 +111,5 @@ class AdaptiveWeight:
     def load_state_dict(self, state: dict[str, float | Tensor]) -> None:
         """Goes on from there."""
         self._log_weight, self._share = float(state["log_weight"]), float(state["share"])
-        self._residual = torch.as_tensor(state["residual"])
+        self._square = torch.as_tensor(state["square"])
         self._last = torch.as_tensor(state["last"])

@@ -150,14 +150,12 @@ class Trainer(Loop):
         if mixed is not None:
             grid, covered = self.wrapped.grid_of(images), self.wrapped.covered(images)
             masked_targets = mixed.masked_targets(labels, num_classes, coalitions, grid, covered)
-        weight = self._shapley_weight(output, coalitions, position)
+        weight = self._shapley_weight(output, position)
         return self.objective(output, targets, weight, masked_targets).named()
 
-    def _shapley_weight(
-        self, output: ShapleyOutput, coalitions: Tensor, position: Position
-    ) -> float | Tensor:
+    def _shapley_weight(self, output: ShapleyOutput, position: Position) -> float | Tensor:
         if self._budget is not None:
-            return self._budget.weight(output, coalitions)
+            return self._budget.weight(output)
         return self.config.ramped_weight(position.step / self.total_steps)
 
     def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
