@@ -14,12 +14,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
 from shapwrap import ShapleyWrapper, metrics
 from shapwrap.cli.app import app
 from shapwrap.comparison import Measured, Sample, compare
 from shapwrap.comparison.datasets import ComparisonData
+from shapwrap.comparison.training import train
 from shapwrap.errors import ArgumentError, ConfigurationError, UnsupportedBackboneError
 from shapwrap.explainers import RandomMap
 from shapwrap.training import plain
@@ -359,6 +361,35 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
         weights[0]["model.blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"]
     )
     assert not (tmp_path / "killed" / "models" / "ours.unfinished").exists()
+
+
+def test_automatic_weight_holds_accuracy_on_images_that_are_not_trained_on(tmp_path):
+    class Counted(Dataset):
+        def __init__(self):
+            self.reads = [0] * 20
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            self.reads[index] += 1
+            image = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(index))
+            return image, index % 2
+
+    images = Counted()
+    records = train(
+        ShapleyWrapper(tiny_vit(2, (48, 64))),
+        [{"epochs": 1, "batch_size": 4, "shapley_weight": "auto", "max_accuracy_drop": 1.0}],
+        lambda size: DataLoader(images, size, shuffle=True),
+        folder=tmp_path,
+        seed=0,
+        progress=False,
+    )
+    assert records[0]["kind"] == "budget"
+    # Once by the reference, once by the run; held-out ones by each validation.
+    trained = [index for index in range(20) if index % 10]
+    assert [images.reads[index] for index in trained] == [2] * 18
+    assert images.reads[0] == images.reads[10] >= 3
 
 
 def test_changed_settings_make_their_pieces_again_and_no_others(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from shapwrap.comparison.schema import check_keys, convert, from_mapping
 from shapwrap.errors import ConfigurationError
@@ -16,8 +16,12 @@ from shapwrap.wrapper import ShapleyWrapper
 OURS = {"output_dir", "seed", "progress"}
 """Settings that the comparison decides."""
 
+CONTROL = 10
+"""With `shapley_weight: auto`, every such training image is held out to hold accuracy on."""
+
 SHAPLEY = {
     "shapley_weight",
+    "max_accuracy_drop",
     "shapley_ramp",
     "masked_cross_entropy",
     "num_coalitions",
@@ -58,6 +62,7 @@ def train(
         progress: Show a progress bar; None for only on a terminal.
     """
     # The training extra is needed here alone.
+    from shapwrap.training.accuracy_budget import reference_directory
     from shapwrap.training.checkpoint import checkpoints
     from shapwrap.training.trainer import Trainer
 
@@ -67,15 +72,31 @@ def train(
         config, size = _settings(stage, wrapped=wrapped, where=f"training[{number}]")
         directory = folder / f"stage-{number + 1}"
         config = dataclasses.replace(config, output_dir=directory, seed=seed, progress=progress)
-        resume = directory.is_dir() and bool(checkpoints(directory))
+        runs = [directory, reference_directory(directory)]
+        resume = any(run.is_dir() and checkpoints(run) for run in runs if run is not None)
         if isinstance(module, ShapleyWrapper):
-            history = Trainer(module, batches(size), config=config).fit(resume=resume)
+            data, control = batches(size), None
+            if config.shapley_weight == "auto":
+                data, control = _held_out(data, size)
+            history = Trainer(module, data, control, config=config).fit(resume=resume)
         else:
             from shapwrap.training import plain
 
             history = plain.fine_tune(module, batches(size), config=config, resume=resume)
         records.append(history[-1] if history else {})
     return records
+
+
+def _held_out(data: DataLoader[Any], size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Nine tenths of the training images to train on, and one on which accuracy is held."""
+    images: Any = data.dataset
+    held = set(range(0, len(images), CONTROL))
+    rest = [index for index in range(len(images)) if index not in held]
+    workers = data.num_workers
+    return (
+        DataLoader(Subset(images, rest), size, shuffle=True, num_workers=workers),
+        DataLoader(Subset(images, sorted(held)), size, num_workers=workers),
+    )
 
 
 def _settings(stage: Mapping[str, Any], *, wrapped: bool, where: str) -> tuple[TrainerConfig, int]:
