@@ -52,6 +52,14 @@ def test_train_resume_and_explain(tmp_path):
     _fine("train", *options, "--epochs", "2", "--resume")
     assert (out / "history.jsonl").read_text().splitlines() == records
 
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settled = tmp_path / "settled"
+    options = tuple(settled if option is out else option for option in options)
+    said = _fine("train", *options, "--epochs", "1", "--shapley-weight", "auto")
+    budget = json.loads((settled / "history.jsonl").read_text().splitlines()[-1])
+    assert budget["kind"] == "budget"
+    assert f"accuracy {budget['accuracy']:.3f}" in said
+
     picture = data / "cat" / "cat1.png"
     figures = tmp_path / "figures"
     output = _fine("explain", "--checkpoint", out, picture, picture, "--out", figures)

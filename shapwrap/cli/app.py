@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -100,7 +100,12 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after these steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="Of the backbone.")] = 1e-4,
-    shapley_weight: Annotated[float, typer.Option(help="Lambda of Eq. 14.")] = 100.0,
+    shapley_weight: Annotated[
+        str, typer.Option(help="Lambda of Eq. 14, or 'auto': as large as accuracy allows.")
+    ] = "100",
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="With 'auto': below plain training, as a share of the images.")
+    ] = 0.0,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     limit: Annotated[int | None, typer.Option(min=1, help="At most these images.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 0,
@@ -127,7 +132,8 @@ def train(
             "epochs": epochs,
             "max_steps": max_steps,
             "learning_rate": learning_rate,
-            "shapley_weight": shapley_weight,
+            "shapley_weight": parse_weight(shapley_weight),
+            "max_accuracy_drop": max_accuracy_drop,
             "precision": precision,
             "seed": seed,
         },
@@ -158,6 +164,22 @@ def explain(
 
 app.command()(compare)
 app.command()(zoo)
+
+
+def parse_weight(text: str) -> float | Literal["auto"]:
+    """A weight of the Shapley loss.
+
+    Raises:
+        ArgumentError: Something else.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ArgumentError(
+            f"--shapley-weight is {text!r}; expected a number, or 'auto'."
+        ) from error
 
 
 def parse_pair(text: str | None) -> tuple[int, int] | None:

@@ -73,8 +73,10 @@ def train_folder(request: TrainRequest) -> dict[str, float]:
     trainer = Trainer(wrapped, data.train, data.validation, config=config)
     history = trainer.fit(resume=request.resume)
     save_run(request.out, settings, wrapped)
-    validated = [record for record in history if record["kind"] == "validation"]
-    return validated[-1]
+    metrics = [record for record in history if record["kind"] == "validation"][-1]
+    # Of the weights as they were settled, where there was a budget.
+    budget = history[-1] if history[-1]["kind"] == "budget" else {}
+    return metrics | {name: budget[name] for name in ("accuracy", "skill") if name in budget}
 
 
 def _check_same_run(out: Path, settings: ModelSettings) -> None:
