@@ -27,8 +27,11 @@ def main() -> None:
     photograph = Image.fromarray(load_sample_image("china.jpg"))
     for path in sorted(options.runs.glob("*-shapley.pt")):
         name = path.stem.removesuffix("-shapley")
-        wrapped = make_model(name, options.size, options.weights).eval()
-        wrapped.load_state_dict(torch.load(path, weights_only=True))
+        state = torch.load(path, weights_only=True)
+        # Only the readout with the class token has a layer for patches.
+        paper = "patch_layer.weight" not in state
+        wrapped = make_model(name, options.size, options.weights, paper=paper).eval()
+        wrapped.load_state_dict(state)
         square = (options.size, options.size)
         transform = image_transform(square, wrapped.normalization, augment=False)
         images = transform(photograph)[None]
