@@ -43,9 +43,9 @@ class AdaptiveWeight:
     def __init__(
         self,
         *,
-        start: float = 1.0,
-        largest: float = 1000.0,
-        gain: float = 8.0,
+        start: float = 2.0,
+        largest: float = 100.0,
+        gain: float = 10.0,
         tolerance: float = 0.05,
         mean_of_processes: Callable[[Tensor], Tensor] | None = None,
     ):
