@@ -185,7 +185,7 @@ class Squares(Dataset):
 def make_trainer(directory=None, data=None, **changed):
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
-        case = make_case("vit-class-token", batch=4)
+        case = make_case("vit-class-token", batch=4, readout="auto")
     config = TrainerConfig(**{**AUTO, "output_dir": directory, **changed})
     loader = DataLoader(data or Squares(), batch_size=4, shuffle=True)
     validation = DataLoader(Squares(), batch_size=10)

@@ -78,7 +78,7 @@ class Loop(ABC):
         steps = config.epochs * math.ceil(self._batches / config.accumulation)
         self.total_steps = min(steps, config.max_steps or steps)
         head = head_of(module, head)
-        self._kept = kept_parameters(module, config, head)
+        self._kept = kept_parameters(module, config, head) + self._unread_parameters()
         with without_gradients(self._kept):
             optimizer = make_optimizer(module, config, head)
             scheduler = make_scheduler(optimizer, config, self.total_steps)
@@ -119,6 +119,10 @@ class Loop(ABC):
 
     def _finish(self, position: Position) -> None:  # noqa: B027
         """What is done to the trained model in the end."""
+
+    def _unread_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no loss reads, for whose gradients DDP would wait."""
+        return []
 
     def _frozen(self) -> list[nn.Module]:
         """Layers that stay in eval mode."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shapwrap.clip.shapley_clip import ShapleyCLIP
@@ -128,6 +128,12 @@ class Trainer(Loop):
 
     def _validate(self) -> dict[str, float] | None:
         return None if self._val_data is None else self.evaluate()
+
+    def _unread_parameters(self) -> list[nn.Parameter]:
+        layer = self.wrapped.patch_layer
+        if layer is None or self.objective.needs_coalitions:
+            return []
+        return list(layer.parameters())
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, labels = batch
