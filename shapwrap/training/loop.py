@@ -92,6 +92,12 @@ class Loop(ABC):
         self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
         self._started = False
 
+    @property
+    def recorded_steps(self) -> range:
+        """Steps after which there is a training record."""
+        every = self._settings.log_every
+        return range(every, self.total_steps + 1, every)
+
     # --- what a subclass says -----------------------------------------------------------------
 
     @abstractmethod
