@@ -153,6 +153,20 @@ def test_weights_go_back_as_far_as_the_budget_asks():
     torch.testing.assert_close(layer.weight, expected)
 
 
+def test_what_no_run_moved_is_not_written():
+    """A buffer of one number, seen as many, cannot be."""
+    layer = nn.Linear(2, 1)
+    layer.register_buffer("scale", torch.ones(1).expand(5))
+    plain = {"weight": layer.weight.detach() + 1, "bias": layer.bias.detach() + 1}
+    plain["scale"] = torch.ones(5)
+    budget = AccuracyBudget(Reached(plain), 0.0, lambda value: value)
+    moved = layer.weight.detach().clone()
+    budget.settle(
+        layer, lambda: {"accuracy": 0.9 - float(torch.equal(layer.weight, moved)), "skill": 0.0}
+    )
+    assert not torch.equal(layer.weight, moved)
+
+
 def test_without_room_the_plain_weights_are_what_is_left():
     with pytest.warns(TrainingWarning, match="max_accuracy_drop"):
         found, layer, plain, _ = settle(lambda share: 0.9 - float(share > 0))

@@ -157,7 +157,12 @@ class _Line:
 
     def __init__(self, module: nn.Module, start: dict[str, Tensor]):
         self._start = start
-        self._weights = _weights_of(module)
+        # What is the same at both ends stays as it is: it may be a view that cannot be written.
+        self._weights = {
+            name: weight
+            for name, weight in _weights_of(module).items()
+            if not torch.equal(start[name].to(weight.device), weight.detach())
+        }
         self._end = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()

@@ -142,7 +142,8 @@ class Loop(ABC):
         """Trains; returns the history, one record a validation or `log_every` steps.
 
         Records of kind "train" hold step, epoch, learning_rate and the means of the losses since
-        the last one; those of kind "validation" the metrics.
+        the last one, or the checkpoint or start of an epoch that came between; those of kind
+        "validation" the metrics.
 
         Args:
             resume: Go on from the newest whole checkpoint in `output_dir`. On a CPU, with as many
