@@ -57,7 +57,7 @@ class Explanation:
         """The values as maps, [B, H, W], in logits a patch, or a pixel where pixels have values.
 
         Bilinear between the centres of patches. Reading values off is what it is for: a sum over
-        pixels means nothing, `values` is what sums to the logit.
+        pixels means nothing, `values` is what sums to the logit minus the baseline.
 
         Args:
             size: Height and width in pixels; by default those of the images.

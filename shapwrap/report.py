@@ -162,8 +162,10 @@ def note_for(wrapping: Wrapping, *, new_head: bool) -> str:
     elif new_head:
         sentences.append("The head is new: train it before use.")
     elif is_exact(wrapping) and not sentences:
+        nobody = wrapping.head.reads_class_token
         sentences.append(
-            "The logits are those of the original model; the patch values sum to them, and only "
+            "The logits are those of the original model; the patch values sum to them"
+            f"{' minus the baseline, what the class token says alone' if nobody else ''}, and only "
             "training with shapley_loss makes them Shapley values."
         )
     if wrapping.head.patch_layer is not None:

@@ -39,7 +39,9 @@ class ShapleyWrapper(Facts, nn.Module):
     For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],
     with f(x) = sum of phi(x) over patches, and the value of a coalition v(s) = sum of phi(x_s) over
     present patches, where x_s is the image with the absent patches hidden before they can influence
-    anything. Trained with `shapley_loss`, phi becomes the Shapley value of v.
+    anything. A head that reads a class token keeps it: then `baseline` is what it says of nobody,
+    f(x) = baseline + sum of phi(x), and v(s) = f(x_s) - baseline. Trained with `shapley_loss`, phi
+    becomes the Shapley value of v.
 
     The model object is used, not copied: it keeps its weights, its device and its train or eval
     mode. Attributes that the wrapper lacks are looked up on the model.
@@ -52,8 +54,8 @@ class ShapleyWrapper(Facts, nn.Module):
             block, "zero-mask" sets pixels to zero, "auto" removes tokens where a test on the
             model proves that this is legitimate.
         readout: How the pretrained head is shared among patches: "affine", "shared-norm", "gap",
-            "efficiency-gap", or "auto" for the most local one that is exact; "cosine" compares the
-            direction of each patch's embedding, as `ShapleyCLIP` does.
+            "efficiency-gap", "class-token", or "auto" for the most local one that is exact;
+            "cosine" compares the direction of each patch's embedding, as `ShapleyCLIP` does.
         grid: Rows and columns of patches. Finer than the backbone's own, it runs the last stages
             of a convolutional backbone at stride 1, as the paper does for ResNet-50.
         features: For a model of your own, where its patches are: the name of a submodule, or a
@@ -63,7 +65,8 @@ class ShapleyWrapper(Facts, nn.Module):
             submodule, or a function, from pooled features [M, D] to logits [M, K].
         num_classes: Replaces the classifier by a new linear layer of this many classes, all zero.
         prefix_tokens: Whether patches see class and register tokens: "drop" as in the paper,
-            "keep", or "auto": kept only where the pretrained head stays exact with them.
+            "keep", or "auto": kept where the pretrained head stays exact with them, a class token
+            that it reads among them.
         image_size: Height and width for which grid and report hold; by default those that the
             model was built for. Other sizes work where the backbone allows them.
         class_names: Names of the classes, for figures; by default those that the model tells.
@@ -197,7 +200,9 @@ class ShapleyWrapper(Facts, nn.Module):
     def value(
         self, images: Tensor, coalitions: Tensor, *, chunk_size: int | None = None
     ) -> CoalitionValues:
-        """Values v(s) of coalitions, [B, S, K] in logits: 0 for nobody, the logits for everybody.
+        """Values v(s) of coalitions, [B, S, K] in logits: 0 for nobody.
+
+        For everybody the logits, minus `baseline` where there is one.
 
         Args:
             images: Float [B, C, H, W].
@@ -331,7 +336,7 @@ class ShapleyWrapper(Facts, nn.Module):
         image = image[None] if isinstance(image, Tensor) and image.ndim == 3 else image
         self._check(image, finite=True)
         games = PatchGames(self, image, self._wrapping.grid_of(image), players, chunk_size)
-        return PatchGame(games, check_target(target, games.grand_values))
+        return PatchGame(games, check_target(target, games.grand_values + self.baseline))
 
     # --- the model, as a model ----------------------------------------------------------------
 

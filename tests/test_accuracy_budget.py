@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -152,6 +153,20 @@ def test_weights_go_back_as_far_as_the_budget_asks():
     torch.testing.assert_close(layer.weight, expected)
 
 
+def test_what_no_run_moved_is_not_written():
+    """A buffer of one number, seen as many, cannot be."""
+    layer = nn.Linear(2, 1)
+    layer.register_buffer("scale", torch.ones(1).expand(5))
+    plain = {"weight": layer.weight.detach() + 1, "bias": layer.bias.detach() + 1}
+    plain["scale"] = torch.ones(5)
+    budget = AccuracyBudget(Reached(plain), 0.0, lambda value: value)
+    moved = layer.weight.detach().clone()
+    budget.settle(
+        layer, lambda: {"accuracy": 0.9 - float(torch.equal(layer.weight, moved)), "skill": 0.0}
+    )
+    assert not torch.equal(layer.weight, moved)
+
+
 def test_without_room_the_plain_weights_are_what_is_left():
     with pytest.warns(TrainingWarning, match="max_accuracy_drop"):
         found, layer, plain, _ = settle(lambda share: 0.9 - float(share > 0))
@@ -182,14 +197,15 @@ class Squares(Dataset):
         return image, index % NUM_CLASSES
 
 
-def make_trainer(directory=None, data=None, **changed):
+def make_trainer(directory=None, data=None, accelerator=None, **changed):
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
-        case = make_case("vit-class-token", batch=4)
+        case = make_case("vit-class-token", batch=4, readout="auto")
     config = TrainerConfig(**{**AUTO, "output_dir": directory, **changed})
-    loader = DataLoader(data or Squares(), batch_size=4, shuffle=True)
+    if data is None or isinstance(data, Squares):
+        data = DataLoader(data or Squares(), batch_size=4, shuffle=True)
     validation = DataLoader(Squares(), batch_size=10)
-    return Trainer(case.wrapped, loader, validation, config=config)
+    return Trainer(case.wrapped, data, validation, config=config, accelerator=accelerator)
 
 
 def weights_of(trainer):
@@ -231,6 +247,27 @@ def test_the_weight_follows_the_task(monkeypatch):
     assert [progress for _, progress in asked] == [pytest.approx(0.2)] * 5
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_both_runs_see_the_same_images(monkeypatch, mixup):
+    """With a generator of the user's own, too, which the first run moves."""
+    seen = []
+    forward = ShapleyWrapper.forward
+
+    def noted(self, images, *given, **named):
+        if self.training:
+            seen.append(images.clone())
+        return forward(self, images, *given, **named)
+
+    monkeypatch.setattr(ShapleyWrapper, "forward", noted)
+    generator = torch.Generator().manual_seed(5)
+    loader = DataLoader(Squares(), batch_size=4, shuffle=True, generator=generator)
+    make_trainer(data=loader, mixup=mixup).fit()
+    assert len(seen) == 20
+    for one, other in zip(seen[:10], seen[10:], strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_the_same_twice_and_no_trace():
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -266,6 +303,55 @@ def test_a_finished_run_settles_again(tmp_path):
     assert all(torch.equal(expected[name], one) for name, one in weights_of(again).items())
 
 
+def test_an_accelerator_of_the_users_own_holds_both_runs(tmp_path):
+    options = {"ema_decay": 0.5, "checkpoint_every": 2}
+    expected = make_trainer(**options)
+    expected.fit()
+    for folder, reads in (("in plain run", 30), ("in second run", 64)):
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path / folder, Squares(reads), Accelerator(cpu=True), **options).fit()
+        resumed = make_trainer(tmp_path / folder, None, Accelerator(cpu=True), **options)
+        resumed.fit(resume=True)
+        own = weights_of(resumed)
+        assert all(torch.equal(one, own[name]) for name, one in weights_of(expected).items())
+
+
+@pytest.mark.parametrize("reads", [34, 64], ids=lambda reads: f"after {reads} reads")
+def test_an_interrupted_trainer_goes_on(tmp_path, reads):
+    data = Squares(reads)
+    trainer = make_trainer(tmp_path, data, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    data.fails_after = None
+    trainer.fit(resume=True)
+    whole = make_trainer(checkpoint_every=2)
+    whole.fit()
+    own = weights_of(trainer)
+    assert all(torch.equal(one, own[name]) for name, one in weights_of(whole).items())
+
+
+def test_what_is_in_the_way_is_said_before_the_plain_run(tmp_path):
+    make_trainer(tmp_path, shapley_weight=1.0).fit()
+    with pytest.raises(TrainingError, match="earlier run"):
+        make_trainer(tmp_path).fit()
+    assert not (tmp_path / "reference").exists()
+
+
+def test_records_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path, Squares(fails_after=50), checkpoint_every=2).fit()
+    with pytest.raises(TrainingError, match=r"lacks 5 of 10.*another log_every"):
+        make_trainer(tmp_path, checkpoint_every=2, log_every=1).fit(resume=True)
+    settings = TrainerConfig(shapley_weight="auto", log_every=3).what_training_depends_on()
+    assert settings["log_every"] == 3
+    assert "log_every" not in TrainerConfig().what_training_depends_on()
+
+
+def test_a_run_too_short_to_adapt_says_so():
+    with pytest.warns(TrainingWarning, match=r"log_every=10 is not below the 10 steps"):
+        make_trainer(log_every=10)
+
+
 def test_averaged_weights_are_compared_with_averaged_weights():
     trainer = make_trainer(ema_decay=0.5)
     trainer.fit()
@@ -286,10 +372,24 @@ def test_what_auto_needs():
         TrainerConfig(max_accuracy_drop=2)
     with pytest.raises(ArgumentError, match="no accuracy to hold"):
         ContrastiveConfig(shapley_weight="auto")
+    with pytest.raises(ArgumentError, match="fixed shapley_weight"):
+        TrainerConfig(shapley_weight=1.0, max_accuracy_drop=0.1)
+    with pytest.raises(TrainingError, match="train_data is generator"):
+        make_trainer(data=(batch for batch in loader))
+    with pytest.raises(ArgumentError, match="3 coalitions"):
+        AdaptiveWeight()(ShapleyOutput(*(torch.zeros(2, 3, 5) for _ in range(3))))
     trainer = make_trainer()
     trainer.fit()
     with pytest.raises(TrainingError, match="has trained"):
         trainer.fit()
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    case = make_case("vit-class-token", batch=4)
+    case.wrapped.model.computed = 2 * case.wrapped.model.head.weight
+    loader = DataLoader(Squares(), batch_size=4)
+    with pytest.raises(ArgumentError, match="deepcopy fails on VisionTransformer"):
+        Trainer(case.wrapped, loader, loader, config=TrainerConfig(**AUTO))
 
 
 def test_a_model_held_by_functions_is_not_copied():

@@ -11,6 +11,7 @@ from torch import nn
 
 from shapwrap import ShapleyWrapper, TrainerConfig, sample_coalitions, shapley_loss
 from shapwrap.errors import ReadoutError
+from shapwrap.metrics import shapley_error, shapley_truth
 from shapwrap.training.objective import Objective
 from tests.backbones import build
 
@@ -82,6 +83,7 @@ def test_logits_are_those_of_the_model_and_values_add_up(kind):
     torch.testing.assert_close(logits, wrapped.model(images), atol=1e-5, rtol=1e-5)
     assert wrapped.report().exact and wrapped.report().readout == "class-token"
     assert "dropped" not in wrapped.report().note
+    assert "sum to them minus the baseline" in wrapped.report().note
     values = wrapped.attribute(images)
     torch.testing.assert_close(values.sum(1), logits - wrapped.baseline, atol=1e-5, rtol=1e-5)
     for contrast in (False, True):
@@ -213,6 +215,51 @@ def test_the_baseline_follows_the_weights():
         expected = logits_of_gathered(wrapped.model, images[0], nobody)
         torch.testing.assert_close(wrapped.baseline, expected, atol=1e-4, rtol=1e-4, msg=name)
         assert (before - expected).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_baseline_follows_a_new_head_and_its_statistics():
+    hidden = nn.Sequential(nn.Linear(32, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    wrapped = make(trained=False, head=hidden)
+    alone = wrapped.model._pos_embed(wrapped.model.patch_embed(images_for(wrapped, 1)))
+    alone = alone[:, : wrapped.model.num_prefix_tokens]
+    for block in wrapped.model.blocks:
+        alone = block(alone)
+    token = wrapped.model.norm(alone)[:, 0]
+    changes = {
+        "a hidden layer": lambda: hidden[0].weight.mul_(2),
+        "a hidden layer through .data": lambda: hidden[0].weight.data.mul_(2),
+        "statistics": lambda: hidden[1].running_mean.add_(1),
+    }
+    for name, change in changes.items():
+        before = wrapped.baseline
+        change()
+        torch.testing.assert_close(
+            wrapped.baseline, hidden.eval()(token)[0], atol=1e-4, rtol=1e-4, msg=name
+        )
+        assert (before - wrapped.baseline).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_predicted_class_is_that_of_the_logits():
+    """Of a coalition game, too, whose values leave the baseline out."""
+    wrapped = make()
+    images = images_for(wrapped)
+    # The logits of nobody alone decide.
+    wrapped.model.head.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 0.0, 0.0]))
+    assert (wrapped(images) - wrapped.baseline).argmax(1).ne(2).all()
+    game = wrapped.game(images[0], players=(2, 2))
+    assert game.target == 2
+    assert game.grand_value == pytest.approx(
+        float(wrapped(images)[0, 2] - wrapped.baseline[2]), abs=1e-4
+    )
+    truth = shapley_truth(wrapped, images, players=(2, 2))
+    torch.testing.assert_close(truth.estimate.grand.float(), wrapped(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        truth.total.float(), wrapped(images) - wrapped.baseline, atol=1e-4, rtol=1e-4
+    )
+    values = truth.values.float()
+    assert shapley_error(values, truth).target_class.tolist() == [2, 2, 2]
 
 
 @torch.no_grad()

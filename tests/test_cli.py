@@ -75,6 +75,7 @@ def test_train_resume_and_explain(tmp_path):
     assert record["grid"] == [3, 2]
     assert len(record["values"]) == 3
     assert record["efficiency_gap"] < 1e-4
+    assert sum(map(sum, record["values"])) == pytest.approx(record["explained"], abs=1e-4)
     _fine("explain", "--checkpoint", out, picture, "--out", figures, "--target", "dog")
     assert json.loads((figures / "cat1.json").read_text())["class"] == "dog"
 

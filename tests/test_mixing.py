@@ -13,6 +13,7 @@ from shapwrap.errors import ArgumentError, TrainingError
 from shapwrap.training.contrastive_config import ContrastiveConfig
 from shapwrap.training.mixing import Mixing
 from shapwrap.training.plain import fine_tune
+from shapwrap.training.random_stream import derived_seed
 
 GRID, PATCH, CLASSES = (3, 4), 4, 5
 SIZE = (GRID[0] * PATCH, GRID[1] * PATCH)
@@ -26,6 +27,10 @@ def _fresh_accelerate():
 
 def _seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def _of_first_batch(seed):
+    return _seeded(derived_seed("mixing", seed, 0, 0, 0))
 
 
 def _flat_images(num):
@@ -159,17 +164,17 @@ def test_a_step_of_the_trainer():
         seed=3,
     )
     record = Trainer(wrapped, [(images, labels)], config=config).fit()[0]
-    draws = _seeded(3)
-    mixed = Mixing(0.0, 1.0)(images, draws)
-    coalitions = sample_coalitions(4, 12, 4, generator=draws)
-    flat = Mixing(0.0, 1.0)(_flat_images(4), _seeded(3))
+    mixed = Mixing(0.0, 1.0)(images, _of_first_batch(3))
+    coalitions = sample_coalitions(4, 12, 4, generator=_seeded(3))
+    flat = Mixing(0.0, 1.0)(_flat_images(4), _of_first_batch(3))
     shares = _shares_by_hand(flat.images, 4)
     with torch.no_grad():
         output = wrapped(mixed.images, coalitions)
     whole = _label_by_hand(shares, labels, torch.ones(4, 1, 12, dtype=torch.bool))[:, 0]
     task = functional.cross_entropy(output.logits, whole, label_smoothing=0.1)
     seen = _label_by_hand(shares, labels, coalitions)
-    masked = sum(functional.cross_entropy(output.values[:, s], seen[:, s]) for s in range(4)) / 4
+    logits = output.values + wrapped.baseline
+    masked = sum(functional.cross_entropy(logits[:, s], seen[:, s]) for s in range(4)) / 4
     assert record["task_loss"] == pytest.approx(float(task), rel=1e-5)
     assert record["masked_task_loss"] == pytest.approx(float(masked), rel=1e-5)
     assert record["shapley_loss"] == pytest.approx(float(shapley_loss(output)), rel=1e-4)
@@ -181,7 +186,7 @@ def test_plain_training_and_validation():
     model = _wrapped().unwrap()
     config = TrainerConfig(max_steps=1, log_every=1, progress=False, mixup=0.8, learning_rate=0.0)
     history = fine_tune(model, [(images, labels)], [(images, labels)], config=config)
-    mixed = Mixing(0.8, 0.0)(images, _seeded(0))
+    mixed = Mixing(0.8, 0.0)(images, _of_first_batch(0))
     with torch.no_grad():
         logits = model(mixed.images)
         right = (model(images).argmax(1) == labels).double().mean()

@@ -53,6 +53,7 @@ def _record(path: Path, explanation: Explanation) -> dict[str, object]:
         "target": target,
         "class": names[target] if names is not None else str(target),
         "logit": float(explanation.logits[0, target]),
+        "explained": float(explanation.explained()[0]),
         "contrast": explanation.contrast,
         "efficiency_gap": float(explanation.efficiency_gap()[0]),
         "grid": [rows, columns],

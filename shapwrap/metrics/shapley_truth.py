@@ -176,7 +176,7 @@ def shapley_truth(
     games = PatchGames(
         wrapped, images, wrapped.grid_of(images), players, chunk_size, wrapped._wrapping.masking
     )
-    return truth_of(
+    truth = truth_of(
         games,
         method=method,
         threshold=threshold,
@@ -185,6 +185,10 @@ def shapley_truth(
         cross_check=cross_check,
         generator=generator,
     )
+    # The games are centred; the class that a model predicts is that of its logits.
+    estimate, baseline = truth.estimate, wrapped.baseline
+    estimate = replace(estimate, empty=estimate.empty + baseline, grand=estimate.grand + baseline)
+    return replace(truth, estimate=estimate)
 
 
 def checked_wrapper(model: Model) -> ShapleyWrapper:

@@ -28,9 +28,11 @@ class ClassTokenReadout(EfficiencyGapReadout):
         pre_logits: PreLogitFunction,
         own_width: int,
         layer: nn.Linear,
+        new_head: nn.Module | None,
     ):
         super().__init__(pre_logits, own_width, layer)
         self._backbone = backbone
+        self._new_head = new_head
         self._remembered: Remembered | None = None
 
     @override
@@ -44,42 +46,49 @@ class ClassTokenReadout(EfficiencyGapReadout):
         if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
             self._remembered = None
             return self._of_nobody()
-        if self._remembered is None or not self._remembered.still_holds(self._backbone):
+        if self._remembered is None or not self._remembered.still_holds(*self._read_by_nobody()):
             result = self._of_nobody()
-            self._remembered = Remembered.now(self._backbone, result)
+            self._remembered = Remembered.now(result, *self._read_by_nobody())
         return self._remembered.result
 
     def _of_nobody(self) -> PreLogits:
         alone = self._backbone.class_token_alone()
         return self.pre_logits(alone.to(compute_dtype(alone)))
 
+    def _read_by_nobody(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All weights and statistics, and those few that are worth a look at their numbers."""
+        owners = [self._backbone.model]
+        few: list[Tensor] = [*self._backbone.prefix_parameters()]
+        if self._new_head is not None:
+            owners.append(self._new_head)
+            few += self._new_head.parameters()
+        return [one for owner in owners for one in (*owner.parameters(), *owner.buffers())], few
+
 
 class Remembered(NamedTuple):
     """A result, and the weights that it came from."""
 
     result: Tensor
-    versions: tuple[tuple[int, int], ...]
-    tokens: tuple[Tensor, ...]
+    versions: list[tuple[int, int]]
+    numbers: list[Tensor]
 
     @classmethod
-    def now(cls, backbone: TokenBackbone, result: Tensor) -> "Remembered":
+    def now(cls, result: Tensor, weights: list[Tensor], few: list[Tensor]) -> "Remembered":
         """A result of the weights as they are."""
-        tokens = tuple(token.detach().clone() for token in backbone.prefix_parameters())
-        return cls(result, _versions(backbone), tokens)
+        return cls(result, _versions(weights), [weight.detach().clone() for weight in few])
 
-    def still_holds(self, backbone: TokenBackbone) -> bool:
+    def still_holds(self, weights: list[Tensor], few: list[Tensor]) -> bool:
         """Whether no weight has changed since."""
-        if self.versions != _versions(backbone):
+        if self.versions != _versions(weights):
             return False
         # A write through `.data`, as some optimizers and averages of weights do it, leaves no other
-        # trace; the class token is among what they write.
-        now = backbone.prefix_parameters()
-        return all(torch.equal(then, token) for then, token in zip(self.tokens, now, strict=True))
+        # trace; the class token and a new head are among what they write.
+        return all(torch.equal(then, now) for then, now in zip(self.numbers, few, strict=True))
 
 
-def _versions(backbone: TokenBackbone) -> tuple[tuple[int, int], ...]:
-    return tuple(
+def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
+    return [
         # Tensors made in inference mode count no versions.
         (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in backbone.model.parameters()
-    )
+        for weight in weights
+    ]

@@ -124,7 +124,9 @@ class Head:
         elif isinstance(backbone, TokenBackbone) and backbone.reads_class_token:
             own_width = width - like.shape[-1]
             self.patch_layer = self._new_patch_layer(backbone, own_width)
-            self.readout = ClassTokenReadout(backbone, self.pre_logits, own_width, self.patch_layer)
+            self.readout = ClassTokenReadout(
+                backbone, self.pre_logits, own_width, self.patch_layer, head
+            )
         else:
             owners = [backbone.model, *([head] if head is not None else [])]
             project = None if complete else self.pre_logits.project

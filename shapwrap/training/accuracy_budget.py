@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,24 +40,36 @@ class PlainReference:
         """Train, or load what a run that is resumed had trained.
 
         Raises:
-            TrainingError: It has been trained already, or has not been validated.
+            TrainingError: It has been trained already, and is not to go on; or what it recorded is
+                not whole.
         """
         run = self._run
         if run is None:
+            if resume:
+                return
             raise TrainingError(
                 "this Trainer has trained: its optimizer and schedule are used up. Make a new one."
             )
         run.fit(resume=resume)
-        records = in_main_process(run.accelerator, lambda: run.history.records)
-        self._losses = {r["step"]: r["task_loss"] for r in records if r["kind"] == "train"}
-        self.accuracy = [r["accuracy"] for r in records if r["kind"] == "validation"][-1]
+        found = in_main_process(run.accelerator, lambda: _found_in(run.history.records))
+        self._losses, accuracy = dict(found["losses"]), found["accuracy"]
+        missing = [step for step in run.recorded_steps if step not in self._losses]
+        if missing or accuracy is None:
+            raise TrainingError(
+                f"the history of the plain run lacks {len(missing)} of {len(run.recorded_steps)} "
+                f"training records (of steps {missing[:3]} ...) or its validation; the run was "
+                "begun with another log_every, or its history.jsonl was damaged. Resume with the "
+                "same settings, or start anew elsewhere."
+            )
+        self.accuracy = float(accuracy)
         trained = run.accelerator.unwrap_model(run.model)
         self.weights = {name: one.detach().cpu() for name, one in _weights_of(trained).items()}
-        # Its gradients and the state of its optimizer are needed no more.
+        # An accelerator of the user's own keeps the optimizer; nothing needs its state.
+        run.optimizer.state.clear()
         self._run = None
 
     def task_loss(self, step: int) -> float:
-        """Mean task loss before this step, since the record before."""
+        """Mean task loss up to this step, as its record has it."""
         return self._losses[step]
 
 
@@ -92,7 +105,7 @@ class AccuracyBudget:
 
         Args:
             step: One at which both runs record.
-            task_loss: Its mean since the record before.
+            task_loss: Its mean, as the record has it.
             progress: Share of all steps since then.
         """
         self.weight.adapt(task_loss - self.reference.task_loss(step), progress)
@@ -144,7 +157,12 @@ class _Line:
 
     def __init__(self, module: nn.Module, start: dict[str, Tensor]):
         self._start = start
-        self._weights = _weights_of(module)
+        # What is the same at both ends stays as it is: it may be a view that cannot be written.
+        self._weights = {
+            name: weight
+            for name, weight in _weights_of(module).items()
+            if not torch.equal(start[name].to(weight.device), weight.detach())
+        }
         self._end = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
@@ -153,6 +171,15 @@ class _Line:
         for name, weight in self._weights.items():
             start = self._start[name].to(weight.device)
             weight.copy_(start + share * (self._end[name] - start) if share else start)
+
+
+def _found_in(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Task loss by step, as pairs, and the last accuracy: little to send to other processes."""
+    accuracies = [r["accuracy"] for r in records if r["kind"] == "validation"]
+    return {
+        "losses": [(r["step"], r["task_loss"]) for r in records if r["kind"] == "train"],
+        "accuracy": accuracies[-1] if accuracies else None,
+    }
 
 
 def reference_directory(output_dir: str | Path | None) -> Path | None:

@@ -78,7 +78,15 @@ class AdaptiveWeight:
 
         Args:
             output: Of both branches, with complement pairs of coalitions.
+
+        Raises:
+            ArgumentError: An odd number of coalitions.
         """
+        if output.estimates.shape[1] % 2:
+            raise ArgumentError(
+                f"output is of {output.estimates.shape[1]} coalitions an image; expected "
+                "complement pairs, as sample_coalitions draws an even number of them."
+            )
         # The logits less the baseline, which the output does not tell.
         square = total_of_pairs(output.estimates)[:, 0].square().mean()
         if self._mean_of_processes is not None:

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from typing_extensions import override
+
 from shapwrap.coalitions.sampling import Distribution
 from shapwrap.errors import ArgumentError
 
@@ -72,7 +74,8 @@ class LoopConfig:
     keep_checkpoints: int = 2
     """How many of the newest are kept."""
     log_every: int = 10
-    """Optimizer steps between records of the training losses; each waits for the device."""
+    """Optimizer steps between records of the training losses; each waits for the device. At each,
+    the weight of `shapley_weight="auto"` moves."""
     progress: bool | None = None
     """Show a progress bar; None for only on a terminal."""
 
@@ -171,6 +174,14 @@ class ShapleyConfig(LoopConfig):
         self._check_choices(distribution=Distribution)
         self._check_shares("shapley_ramp")
 
+    @override
+    def what_training_depends_on(self) -> dict[str, Any]:
+        plan = super().what_training_depends_on()
+        if self.shapley_weight == "auto":
+            # It moves at each record, by means since the last record or checkpoint.
+            plan |= {"log_every": self.log_every, "checkpoint_every": self.checkpoint_every}
+        return plan
+
     def ramped_weight(self, progress: float) -> float:
         """Lambda after this share of the steps: a linear ramp, then constant.
 
@@ -202,6 +213,11 @@ class TrainerConfig(ShapleyConfig):
         super().__post_init__()
         self._check_not_negative("masked_cross_entropy")
         self._check_shares("max_accuracy_drop")
+        if self.max_accuracy_drop and self.shapley_weight != "auto":
+            raise ArgumentError(
+                f"max_accuracy_drop is {self.max_accuracy_drop}, which a fixed shapley_weight "
+                f"({self.shapley_weight}) does not hold; expected shapley_weight='auto', or 0."
+            )
 
 
 def config_of_kind(config: object, kind: type[Config]) -> Config:

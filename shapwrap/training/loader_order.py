@@ -18,6 +18,17 @@ def loader_generators(loader: object) -> Iterator[torch.Generator]:
     yield from found.values()
 
 
+@contextmanager
+def generators_kept(loader: object) -> Iterator[None]:
+    """What a DataLoader draws inside, it draws again afterwards."""
+    before = [(generator, generator.get_state()) for generator in loader_generators(loader)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
 def unseeded_samplers(loader: object) -> list[Any]:
     """Samplers that could have a generator and have none, so that they draw from global states."""
     return [

@@ -78,7 +78,7 @@ class Loop(ABC):
         steps = config.epochs * math.ceil(self._batches / config.accumulation)
         self.total_steps = min(steps, config.max_steps or steps)
         head = head_of(module, head)
-        self._kept = kept_parameters(module, config, head)
+        self._kept = kept_parameters(module, config, head) + self._unread_parameters()
         with without_gradients(self._kept):
             optimizer = make_optimizer(module, config, head)
             scheduler = make_scheduler(optimizer, config, self.total_steps)
@@ -91,6 +91,12 @@ class Loop(ABC):
         self.scheduler = self.accelerator.prepare_scheduler(scheduler)
         self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
         self._started = False
+
+    @property
+    def recorded_steps(self) -> range:
+        """Steps after which there is a training record."""
+        every = self._settings.log_every
+        return range(every, self.total_steps + 1, every)
 
     # --- what a subclass says -----------------------------------------------------------------
 
@@ -120,6 +126,10 @@ class Loop(ABC):
     def _finish(self, position: Position) -> None:  # noqa: B027
         """What is done to the trained model in the end."""
 
+    def _unread_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no loss reads, for whose gradients DDP would wait."""
+        return []
+
     def _frozen(self) -> list[nn.Module]:
         """Layers that stay in eval mode."""
         if self._settings.trainable == "head":
@@ -132,7 +142,8 @@ class Loop(ABC):
         """Trains; returns the history, one record a validation or `log_every` steps.
 
         Records of kind "train" hold step, epoch, learning_rate and the means of the losses since
-        the last one; those of kind "validation" the metrics.
+        the last one, or the checkpoint or start of an epoch that came between; those of kind
+        "validation" the metrics.
 
         Args:
             resume: Go on from the newest whole checkpoint in `output_dir`. On a CPU, with as many

@@ -89,7 +89,7 @@ class _FineTuning(Loop):
 
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, targets = batch
-        mixed = None if self._mixing is None else self._mixing(images, position.coalitions)
+        mixed = None if self._mixing is None else self._mixing(images, position.mixing())
         with engine.autocast(self.accelerator, self._settings):
             logits = mean_output(self.model(images if mixed is None else mixed.images))
         if mixed is not None:

@@ -76,6 +76,11 @@ class Position:
             self._resumable.set_epoch(self.epoch)
         return self.batch
 
+    def mixing(self) -> torch.Generator:
+        """For the mixup of the batch that is next, the same whatever else was drawn before."""
+        place = (self._seed, self.epoch, self.batch, self._split.process)
+        return torch.Generator().manual_seed(derived_seed("mixing", *place))
+
     def shared_state(self) -> dict[str, Any]:
         """What is the same in all processes."""
         return {

@@ -1,24 +1,27 @@
 """Training of a wrapped model: task and Shapley loss from one call a step."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shapwrap.clip.shapley_clip import ShapleyCLIP
 from shapwrap.errors import BackboneTypeError, TrainingError
-from shapwrap.training import checkpoint_folder, engine
+from shapwrap.training import checkpoint, checkpoint_folder, engine
 from shapwrap.training.accuracy_budget import (
     AccuracyBudget,
     PlainReference,
     reference_directory,
 )
 from shapwrap.training.config import TrainerConfig, config_of_kind
+from shapwrap.training.faults import TrainingWarning
 from shapwrap.training.fresh_coalitions import fresh_coalitions
 from shapwrap.training.independent_copy import independent_copy
+from shapwrap.training.loader_order import generators_kept
 from shapwrap.training.loop import Loop
 from shapwrap.training.mixing import Mixing
 from shapwrap.training.objective import Objective, TaskLoss
@@ -81,6 +84,7 @@ class Trainer(Loop):
             drop = self.config.max_accuracy_drop
             self._budget = AccuracyBudget(self.reference, drop, self._mean_of_processes)
             self.accelerator.register_for_checkpointing(self._budget.weight)
+            self._check_adapts()
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
@@ -103,8 +107,12 @@ class Trainer(Loop):
                 would mix with an earlier one.
         """
         if self._budget is not None:
-            self._budget.reference.fit(resume=resume)
-            resume = resume and self._has_begun()
+            if self._directory is not None and not resume:
+                # Before the reference has been trained in vain.
+                checkpoint.check_unused(self._directory)
+            with generators_kept(self._train_data):
+                self._budget.reference.fit(resume=resume)
+            resume = resume and (self._started or self._has_begun())
         return super().fit(resume=resume)
 
     def evaluate(self, data: Iterable[Any] | None = None) -> dict[str, float]:
@@ -129,9 +137,15 @@ class Trainer(Loop):
     def _validate(self) -> dict[str, float] | None:
         return None if self._val_data is None else self.evaluate()
 
+    def _unread_parameters(self) -> list[nn.Parameter]:
+        layer = self.wrapped.patch_layer
+        if layer is None or self.objective.needs_coalitions:
+            return []
+        return list(layer.parameters())
+
     def _terms(self, batch: tuple[Tensor, Tensor], position: Position) -> dict[str, Tensor]:
         images, labels = batch
-        mixed = None if self._mixing is None else self._mixing(images, position.coalitions)
+        mixed = None if self._mixing is None else self._mixing(images, position.mixing())
         targets, num_classes = labels, self.wrapped.num_classes
         if mixed is not None:
             images, targets = mixed.images, mixed.targets(labels, num_classes)
@@ -187,7 +201,7 @@ class Trainer(Loop):
         """Plain training of a copy.
 
         Raises:
-            TrainingError: There is no validation data.
+            TrainingError: There is no validation data, or data that can be iterated once only.
             ArgumentError: The model cannot be copied.
         """
         if val_data is None:
@@ -195,11 +209,19 @@ class Trainer(Loop):
                 "shapley_weight is 'auto', which holds accuracy on validation data; pass val_data "
                 "(a part of the training data, if there is no other), or a number."
             )
+        for name, data in (("train_data", train_data), ("val_data", val_data)):
+            if isinstance(data, Iterator):
+                raise TrainingError(
+                    f"{name} is {type(data).__name__}, which can be iterated once, but "
+                    "shapley_weight is 'auto', which trains twice and validates more often; "
+                    "expected a DataLoader, or a list of batches."
+                )
         plain = replace(
             self.config,
             output_dir=reference_directory(self.config.output_dir),
             shapley_weight=0.0,
             masked_cross_entropy=0.0,
+            max_accuracy_drop=0.0,
         )
         copied = independent_copy(self.wrapped)
         return PlainReference(
@@ -212,6 +234,17 @@ class Trainer(Loop):
                 accelerator=accelerator,
             )
         )
+
+    def _check_adapts(self) -> None:
+        every = self.config.log_every
+        if every >= self.total_steps and self.accelerator.is_main_process:
+            warnings.warn(
+                f"shapley_weight is 'auto', which moves at each record, but log_every={every} is "
+                f"not below the {self.total_steps} steps of this run: the weight stays where it "
+                "starts. Log more often.",
+                TrainingWarning,
+                stacklevel=3,
+            )
 
     def _has_begun(self) -> bool:
         """Whether this run, beside its reference, has left anything to go on from."""

@@ -75,7 +75,7 @@ class PatchGames:
         return len(self._images)
 
     def __call__(self, coalitions: Tensor) -> Tensor:
-        """v(s), [B, S, K]: 0 for nobody, the logits for everybody.
+        """v(s), [B, S, K]: 0 for nobody, the logits minus the baseline for everybody.
 
         Args:
             coalitions: Bool [B, S, players].
@@ -103,7 +103,7 @@ class PatchGames:
 
     @property
     def grand_values(self) -> Logits:
-        """V of everybody, [B, K]."""
+        """V of everybody, [B, K]: the logits minus the baseline."""
         return self(torch.ones(len(self), 1, self.n_players, dtype=torch.bool))[:, 0]
 
     def select(self, rows: Tensor) -> "PatchGames":

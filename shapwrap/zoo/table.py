@@ -86,9 +86,10 @@ def markdown(rows: Sequence[Row], origin: Origin) -> str:
 
 
 ABOUT = """\
-The checks: patch values sum to the logits, v(∅) = 0, v(everybody) is the logits, v(s) does not
-change by one bit when pixels of absent patches do, logits are the original model's where the report
-says so, gradients reach every parameter that the original model trains, and a gradient step lowers
+The checks: patch values sum to the logits, v(∅) = 0, v(everybody) is the logits (both minus what a
+class token that the head reads says alone), v(s) does not change by one bit when pixels of absent
+patches do, logits are the original model's where the report says so, gradients
+reach every parameter that the original model trains, and a gradient step lowers
 the loss. Towers of open_clip are checked a second time inside a `ShapleyCLIP`: unit embeddings and
 similarities add up, and absent patches stay unseen. *shrunken* names what was made smaller through
 the constructor's own arguments: the class is the same, the model as it is would take too long here.
