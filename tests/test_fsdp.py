@@ -78,7 +78,8 @@ ddp.fit()
 head = run(None, 2, val_data=data, trainable="head", **MIXED)
 head.fit()
 blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Block"]}
-for name, options in (("root", {}), ("meta", {"cpu_ram_efficient_loading": True}), ("block", blocks)):
+kinds = {"root": {}, "meta": {"cpu_ram_efficient_loading": True}, "block": blocks}
+for name, options in kinds.items():
     split = run(folder / name, 2, accelerator=fsdp(**options), val_data=data, **MIXED)
     split.fit()
     check_same(split, ddp)

@@ -194,6 +194,8 @@ class Loop(ABC):
         self.history.records = in_main_process(accelerator, lambda: self.history.start(keep=keep))
         self._report_skipped(skipped, position)
         self.model.train()
+        # Of whatever was done before, an interrupted step among it.
+        self.model.zero_grad()
         try:
             with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
                 while position.step < self.total_steps:
@@ -254,7 +256,7 @@ class Loop(ABC):
                 f"{self._batches}; it must be iterable once an epoch, not a used-up generator, "
                 "and not shorter than steps_per_epoch."
             )
-        window.check(position.step)
+        window.check(position.step, self.model.parameters())
         position.epoch += 1
         position.batch = 0
         position.start_epoch()
@@ -302,7 +304,7 @@ class Loop(ABC):
         every = self._settings.checkpoint_every
         # The last step is saved after its validation.
         if every is not None and position.step % every == 0 and position.step < self.total_steps:
-            window.check(position.step)
+            window.check(position.step, self.model.parameters())
             self._save(position)
 
     def _after_epoch(self, position: Position, bar: "tqdm[Any]") -> None:
