@@ -40,18 +40,18 @@ def samples():
     return TensorDataset(images, torch.arange(TOTAL) % 5)
 
 
-def run(folder, batch_size, accumulation=1, **settings):
+def run(folder, batch_size, accumulation=1, accelerator=None, val_data=None, **settings):
     """Two epochs of five steps, without a game: nothing but the order of samples is drawn."""
     settings = {"shapley_weight": 0.0, "masked_cross_entropy": 0.0, **settings}
     config = TrainerConfig(
-        output_dir=folder, epochs=2, checkpoint_every=1, log_every=1, progress=False,
-        accumulation=accumulation, **settings,
+        output_dir=folder, epochs=2, log_every=1, progress=False, accumulation=accumulation,
+        **{"checkpoint_every": 1, **settings},
     )  # fmt: skip
     data = DataLoader(samples(), batch_size=batch_size, shuffle=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         wrapped = make_case("vit-class-token", batch=2).wrapped
-    return Recording(wrapped, data, config=config)
+    return Recording(wrapped, data, val_data, config=config, accelerator=accelerator)
 
 
 def logits(trainer):

@@ -7,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,14 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from shapwrap import Trainer, TrainerConfig
-from shapwrap.data import SkippedSampleWarning
-from shapwrap.data.folder import load_folder
 from shapwrap.errors import (
-    ArgumentError,
     CheckpointError,
     DataWorkerError,
-    ImageFileError,
     TrainingError,
 )
 from shapwrap.training import checkpoint, checkpoint_folder
 from shapwrap.training.faults import CheckpointWarning, TrainingWarning
 from tests.backbones import make_case
-from tests.test_data import STATISTICS, write_folder
 
 CLASSES = 5
 
@@ -346,7 +340,7 @@ def test_another_model_is_refused(tmp_path):
         other.fit(resume=True)
 
 
-# --- losses, workers, images ----------------------------------------------------------------------
+# --- losses, workers ------------------------------------------------------------------------------
 
 
 class Breaking(Dataset):
@@ -401,15 +395,39 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert "not finite" in _goes_on(tmp_path, trainer)["reason"]
 
 
-def _die(images):
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_gradient_that_is_not_finite(tmp_path):
+    """A loss is finite, the weights after it are not: they take the place of no good ones."""
+    calls = []
+
+    def loss(logits, labels):
+        calls.append(1)
+        # 0, with a gradient that is no number.
+        odd = (logits * 0).sum().sqrt() if len(calls) == 4 else 0.0
+        return torch.nn.functional.cross_entropy(logits, labels) + odd
+
+    def trainer():
+        settings = {"shapley_weight": 0.0, "masked_cross_entropy": 0.0, "keep_checkpoints": 1}
+        made = _trainer(tmp_path, **settings)
+        return Trainer(made.wrapped, made._train_data, config=made.config, task_loss=loss)
+
+    with pytest.raises(TrainingError, match="weights are not finite after step 4"):
+        trainer().fit()
+    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path)] == ["3"]
+    again = trainer()
+    again.fit(resume=True)
+    assert all(tensor.isfinite().all() for tensor in _weights(again).values())
 
 
-def _leave(images):
-    os._exit(3)
+def test_gradients_of_before_are_not_part_of_the_first_step(tmp_path, whole):
+    trainer = _trainer(tmp_path)
+    trainer.wrapped(_images().tensors[0]).square().sum().backward()
+    trainer.fit()
+    assert _same(whole[1], _weights(trainer))
 
 
-@pytest.mark.parametrize("end", [_die, _leave])
+@pytest.mark.parametrize(
+    "end", [lambda _: os.kill(os.getpid(), signal.SIGKILL), lambda _: os._exit(3)]
+)
 def test_a_worker_that_dies(tmp_path, end):
     trainer = _breaks_in_the_second_epoch(tmp_path, end, workers=1)
     words = r"loads data died.*DataLoader worker.*step-00000003 is whole; fit\(resume=True\)"
@@ -426,66 +444,3 @@ def test_other_errors_of_a_worker_are_its_own(tmp_path):
     with pytest.raises(RuntimeError, match="of the user's data set") as raised:
         trainer.fit()
     assert type(raised.value) is RuntimeError
-
-
-def _corrupt(folder):
-    """Three of ten pictures: cut off, empty, text."""
-    write_folder(folder)
-    cut = folder / "cat" / "cat1.png"
-    cut.write_bytes(cut.read_bytes()[:-30])
-    (folder / "dog" / "dog2.png").write_bytes(b"")
-    (folder / "dog" / "dog0.png").write_text("no picture")
-    return folder
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named(tmp_path, workers):
-    data = load_folder(_corrupt(tmp_path), (16, 16), STATISTICS, workers=workers)
-    with pytest.raises(ImageFileError, match=r"(cat1|dog2|dog0).png cannot be read as an image"):
-        list(data.train)
-
-
-def test_training_stops_at_a_corrupt_image_and_says_so(tmp_path):
-    data = load_folder(_corrupt(tmp_path / "data"), (12, 16), STATISTICS, batch_size=4)
-    trainer = _trainer(tmp_path / "run", data.train)
-    with pytest.raises(ImageFileError):
-        trainer.fit()
-    assert trainer.history.records[-1]["error"] == "ImageFileError"
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_images_are_skipped_and_counted(tmp_path, workers):
-    folder = _corrupt(tmp_path)
-    data = load_folder(folder, (16, 16), STATISTICS, workers=workers, corrupt="skip")
-    clean = load_folder(folder, (16, 16), STATISTICS, corrupt="skip")
-    assert data.skipped == 0
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        labels = torch.cat([labels for _, labels in data.train])
-        # Every fifth validates: dog0 is one of them, and its place is taken by the other.
-        held_out = torch.cat([images for images, _ in data.validation])
-        expected = clean.validation.dataset[0][0]
-        again = list(data.train)
-    assert len(labels) == 8 == sum(len(labels) for _, labels in again)
-    assert torch.equal(held_out, torch.stack([expected, expected]))
-    assert data.skipped == 3
-    assert data.train.dataset.skipped == [0, 5]
-    if not workers:
-        mine = [w for w in said if w.category is SkippedSampleWarning]
-        # Three of this data, and dog0 was not asked for in the other.
-        assert len(mine) == 3, "each once"
-        assert any("dog2.png" in str(w.message) for w in mine)
-
-
-def test_nothing_that_can_be_read(tmp_path):
-    write_folder(tmp_path)
-    for path in tmp_path.glob("*/*.png"):
-        path.write_text("no picture")
-    data = load_folder(tmp_path, (16, 16), STATISTICS, corrupt="skip")
-    with (
-        pytest.warns(SkippedSampleWarning),
-        pytest.raises(ImageFileError, match="none of 8 images"),
-    ):
-        list(data.train)
-    with pytest.raises(ArgumentError, match="corrupt is 'ignore'"):
-        load_folder(tmp_path, (16, 16), STATISTICS, corrupt="ignore")

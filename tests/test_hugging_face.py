@@ -15,6 +15,7 @@ import datasets
 from shapwrap import ShapleyWrapper, Trainer, TrainerConfig
 from shapwrap.data import HuggingFaceImages, HuggingFaceStream
 from shapwrap.errors import ArgumentError, TrainingError
+from shapwrap.training.position import Position, Split
 from shapwrap.training.resumable_data import ResumableData
 
 SIZE = 12
@@ -189,6 +190,31 @@ def test_training_on_a_stream_resumes_exactly(tmp_path):
     with pytest.raises(Killed):
         trainer(tmp_path / "parts", Dying).fit()
     assert trainer(tmp_path / "parts").fit(resume=True) == expected
+
+
+def test_another_number_of_processes_takes_over_between_epochs():
+    def position(stream):
+        split = Split(stream._processes, stream._process, len(stream), 1)
+        return Position(0, stream, split, {"total_steps": 10}, torch.device("cpu"))
+
+    parts = [_stream(batch_size=2).split(rank, 2) for rank in range(2)]
+    before = [position(part) for part in parts]
+    for one, part in zip(before, parts, strict=True):
+        one.open_epoch()
+        list(part)
+        one.step, one.epoch = 5, 1
+    whole = _stream(batch_size=4)
+    now = position(whole)
+    shared, owns = before[0].shared_state(), [one.own_state() for one in before]
+    now.load(shared, owns)
+    assert (now.step, now.open_epoch()) == (5, 0)
+    expected = _stream(batch_size=4)
+    expected.set_epoch(1)
+    assert _seen(whole) == _seen(expected)
+    with pytest.raises(TrainingError, match=r"the stream changed .*'seed': \(0, 1\)"):
+        position(_stream(seed=1)).load(shared, owns)
+    with pytest.raises(TrainingError, match="in the middle of epoch 2"):
+        position(_stream()).load(shared | {"batch": 2}, owns)
 
 
 def test_refusals():

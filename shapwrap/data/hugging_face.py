@@ -3,7 +3,7 @@
 import copy
 import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,13 +160,17 @@ class HuggingFaceStream:
         Raises:
             TrainingError: Another order, number of samples or of processes.
         """
-        now = self._what_order_depends_on()
-        if state["depends_on"] != now:
-            raise TrainingError(
-                f"the stream changed (before, now): {state['depends_on']}, {now}; resume with the "
-                "same data set, settings and processes, or start anew elsewhere."
-            )
+        self._check_same(state, set())
         self._epoch, self._batch, self._round, self._read = state["place"]
+
+    def take_over(self, states: Sequence[dict[str, Any]]) -> None:
+        """Check that another number of processes had this stream; nothing outlasts an epoch.
+
+        Raises:
+            TrainingError: Another order or number of samples.
+        """
+        for state in states:
+            self._check_same(state, {"batch_size", "process"})
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels.
@@ -217,6 +221,19 @@ class HuggingFaceStream:
             stream = split_dataset_by_node(stream, self._process, self._processes)
         stream.set_epoch(self._epoch)
         return stream
+
+    def _check_same(self, state: dict[str, Any], free: set[str]) -> None:
+        now, before = self._what_order_depends_on(), state["depends_on"]
+        changed = {
+            name: (before.get(name), value)
+            for name, value in now.items()
+            if name not in free and before.get(name) != value
+        }
+        if changed:
+            raise TrainingError(
+                f"the stream changed (before, now): {changed}; resume with the same data set and "
+                "settings, or start anew elsewhere."
+            )
 
     def _check_length(self) -> None:
         if len(self) == 0:

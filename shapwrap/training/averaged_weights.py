@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ class AveragedWeights:
 
     def __init__(self, module: nn.Module, decay: float):
         self._decay = decay
+        # Where FSDP2 has put weights together, the next pass would see those of before.
+        self._split: list[Any] = [
+            part for part in module.modules() if hasattr(type(part), "reshard")
+        ]
         self._weights: dict[str, Tensor] = {
             name: parameter
             for name, parameter in module.named_parameters()
@@ -52,11 +57,9 @@ class AveragedWeights:
         ]
         get_ema_multi_avg_fn(decay)(list(self._averages.values()), current, step)
 
-    @torch.no_grad()
     def put_in_place(self) -> None:
         """The model has the averages as its weights from now on; the averages stay."""
-        for name, weight in self._weights.items():
-            weight.copy_(self._averages[name])
+        self._put(self._averages)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -66,13 +69,18 @@ class AveragedWeights:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in self._weights.items():
-                    weight.copy_(own[name])
+            self._put(own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the names of the weights."""
         return dict(self._averages)
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(values[name])
+        for part in self._split:
+            part.reshard()
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

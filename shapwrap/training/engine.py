@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from shapwrap.errors import TrainingError
@@ -41,7 +42,20 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
         ) from error
 
 
-def prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, Any]:
+    """Model and optimizer for this device and these processes: as they are, in DDP, or split.
+
+    FSDP2 gives the model other parameters, and the optimizer those.
+    """
+    if accelerator.is_fsdp2:
+        split, prepared = accelerator.prepare(model, optimizer)
+        return split, prepared
+    return _prepare_model(accelerator, model), accelerator.prepare_optimizer(optimizer)
+
+
+def _prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The model on its device, in DDP where there are several processes.
 
     accelerate replaces `forward` by one under autocast, which would outlive the Trainer; the

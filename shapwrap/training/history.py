@@ -20,15 +20,15 @@ class History:
         self._behind = False
         self.records: list[dict[str, Any]] = []
 
-    def start(self, *, keep: int) -> None:
-        """Begin with the first `keep` records of an earlier run, 0 for a new one.
+    def start(self, *, keep: int) -> list[dict[str, Any]]:
+        """The first `keep` records of an earlier run, 0 for a new one, with which this one begins.
 
         Raises:
             TrainingError: The file cannot be written.
         """
         self.records = self._read(keep)
         if self._path is None:
-            return
+            return self.records
         try:
             self._write_all(self._path)
         except OSError as error:
@@ -36,6 +36,7 @@ class History:
                 f"{self._path} cannot be written ({error}); expected an output_dir with room and "
                 "the right to write. Nothing was trained."
             ) from error
+        return self.records
 
     def add(self, **record: Any) -> None:
         """Append one record; a number that is not finite becomes null, which JSON can hold.

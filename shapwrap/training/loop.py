@@ -26,12 +26,14 @@ from shapwrap.training.loader_order import ordered
 from shapwrap.training.loss_window import LossWindow
 from shapwrap.training.optimizer import make_optimizer, make_scheduler
 from shapwrap.training.position import Position, Split
+from shapwrap.training.processes import in_main_process
 from shapwrap.training.random_stream import derived_seed, global_states_kept
 from shapwrap.training.resumable_data import ResumableData
 from shapwrap.training.run_state import RunState
 from shapwrap.training.trainable import (
     head_of,
     kept_parameters,
+    names_of,
     resting_modules,
     without_gradients,
 )
@@ -78,17 +80,22 @@ class Loop(ABC):
         steps = config.epochs * math.ceil(self._batches / config.accumulation)
         self.total_steps = min(steps, config.max_steps or steps)
         head = head_of(module, head)
-        self._kept = kept_parameters(module, config, head) + self._unread_parameters()
-        with without_gradients(self._kept):
+        kept = kept_parameters(module, config, head) + self._unread_parameters()
+        names = names_of(module, kept)
+        with without_gradients(kept):
             optimizer = make_optimizer(module, config, head)
             scheduler = make_scheduler(optimizer, config, self.total_steps)
-            self.model = engine.prepare_model(self.accelerator, module)
+            self.model, self.optimizer = engine.prepare(self.accelerator, module, optimizer)
             if config.ema_decay is not None:
                 trained = self.accelerator.unwrap_model(self.model)
                 self.averaged_weights = AveragedWeights(trained, config.ema_decay)
                 self.accelerator.register_for_checkpointing(self.averaged_weights)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.scheduler = self.accelerator.prepare_scheduler(scheduler)
+        # FSDP2 has replaced the parameters.
+        self._kept = [module.get_parameter(name) for name in names]
+        for parameter in self._kept:
+            parameter.requires_grad_(True)
+        # Not accelerate's, which by its own settings steps once a process.
+        self.scheduler = scheduler
         self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
         self._started = False
 
@@ -193,9 +200,13 @@ class Loop(ABC):
         )
         skipped = self._open_directory(resume, position)
         self._started = True
-        self.history.start(keep=position.records)
+        keep = position.records
+        # One process has the file; all have the records, or stop.
+        self.history.records = in_main_process(accelerator, lambda: self.history.start(keep=keep))
         self._report_skipped(skipped, position)
         self.model.train()
+        # Of whatever was done before, an interrupted step among it.
+        self.model.zero_grad()
         try:
             with self._progress_bar(position) as bar, evaluation_mode(self._frozen()):
                 while position.step < self.total_steps:
@@ -256,7 +267,7 @@ class Loop(ABC):
                 f"{self._batches}; it must be iterable once an epoch, not a used-up generator, "
                 "and not shorter than steps_per_epoch."
             )
-        window.check(position.step)
+        window.check(position.step, self.model.parameters())
         position.epoch += 1
         position.batch = 0
         position.start_epoch()
@@ -304,7 +315,7 @@ class Loop(ABC):
         every = self._settings.checkpoint_every
         # The last step is saved after its validation.
         if every is not None and position.step % every == 0 and position.step < self.total_steps:
-            window.check(position.step)
+            window.check(position.step, self.model.parameters())
             self._save(position)
 
     def _after_epoch(self, position: Position, bar: "tqdm[Any]") -> None:

@@ -47,6 +47,12 @@ def kept_parameters(
     return [p for p in module.parameters() if p.requires_grad and id(p) not in learning]
 
 
+def names_of(module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Names of these parameters in the module, in its order."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
+
+
 @contextmanager
 def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """These parameters require no gradient inside; layers of no others then keep no graph."""
