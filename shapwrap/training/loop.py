@@ -1,7 +1,6 @@
 """The training loop, on accelerate: one process or many, CPU or GPU, without change."""
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from contextlib import closing, nullcontext
@@ -20,7 +19,8 @@ from shapwrap.masking.batch_norm import batch_norms, evaluation_mode
 from shapwrap.training import checkpoint, engine
 from shapwrap.training.averaged_weights import AveragedWeights
 from shapwrap.training.config import LoopConfig
-from shapwrap.training.faults import CheckpointWarning, death_of_worker
+from shapwrap.training.fault_report import FaultReport
+from shapwrap.training.faults import death_of_worker
 from shapwrap.training.history import History
 from shapwrap.training.loader_order import ordered
 from shapwrap.training.loss_window import LossWindow
@@ -74,6 +74,7 @@ class Loop(ABC):
         self.accelerator = accelerator or engine.make_accelerator(config)
         self._directory = Path(config.output_dir) if config.output_dir else None
         self.history = History(self._directory if self.accelerator.is_main_process else None)
+        self._faults = FaultReport(self.history, self.accelerator, self._directory)
         self._train_data = self._prepare_data(train_data)
         self._val_data = None if val_data is None else self._prepare_data(val_data)
         self._batches = engine.batches_per_epoch(self._train_data, config)
@@ -203,7 +204,7 @@ class Loop(ABC):
         keep = position.records
         # One process has the file; all have the records, or stop.
         self.history.records = in_main_process(accelerator, lambda: self.history.start(keep=keep))
-        self._report_skipped(skipped, position)
+        self._faults.skipped(skipped, position)
         self.model.train()
         # Of whatever was done before, an interrupted step among it.
         self.model.zero_grad()
@@ -215,7 +216,7 @@ class Loop(ABC):
                 self.averaged_weights.put_in_place()
             self._finish(position)
         except ShapwrapError as error:
-            self._report_end(error, position)
+            self._faults.stopped(error, position)
             raise
         except (RuntimeError, OSError, EOFError) as error:
             said = death_of_worker(error)
@@ -224,9 +225,9 @@ class Loop(ABC):
             stopped = DataWorkerError(
                 f"a process that loads data died at or just after step {position.step}: {said} It "
                 "ran out of memory, crashed, or was killed; try fewer workers (num_workers). "
-                f"{self._what_is_saved()}"
+                f"{self._faults.what_is_saved()}"
             )
-            self._report_end(stopped, position)
+            self._faults.stopped(stopped, position)
             raise stopped from error
 
     def _open_directory(self, resume: bool, position: Position) -> list[dict[str, Any]]:
@@ -340,42 +341,8 @@ class Loop(ABC):
             try:
                 checkpoint.save(self.accelerator, self._directory, self._state, position, keep)
             except CheckpointError as error:
-                self._report_not_saved(error, position)
-
-    # --- what the run says about faults -------------------------------------------------------
-
-    def _report_not_saved(self, error: CheckpointError, position: Position) -> None:
-        self._record("checkpoint_not_written", position, reason=str(error))
-        if position.step >= self.total_steps:
-            raise CheckpointError(
-                f"training has finished, but its last {error} The model is trained, in memory. "
-                f"{self._what_is_saved()}"
-            ) from error
-        if self.accelerator.is_main_process:
-            warnings.warn(f"{error} The run goes on.", CheckpointWarning, stacklevel=2)
-
-    def _report_skipped(self, skipped: list[dict[str, Any]], position: Position) -> None:
-        for skip in skipped:
-            self._record("checkpoint_skipped", position, **skip)
-            if self.accelerator.is_main_process:
-                warnings.warn(
-                    f"{skip['checkpoint']} is not whole ({skip['reason']}); the run goes on from "
-                    f"step {position.step}, the newest whole checkpoint.",
-                    CheckpointWarning,
-                    stacklevel=2,
-                )
-
-    def _report_end(self, error: ShapwrapError, position: Position) -> None:
-        self._record("stopped", position, error=type(error).__name__, reason=str(error))
-
-    def _record(self, kind: str, position: Position, **what: Any) -> None:
-        self.history.add(kind=kind, step=position.step, epoch=position.epoch + 1, **what)
-
-    def _what_is_saved(self) -> str:
-        found = [] if self._directory is None else checkpoint.checkpoints(self._directory)
-        if not found:
-            return "No checkpoint was written before."
-        return f"{found[-1].name} is whole; fit(resume=True) in a new run goes on from there."
+                finished = position.step >= self.total_steps
+                self._faults.not_saved(error, position, finished=finished)
 
     # --- data ---------------------------------------------------------------------------------
 
