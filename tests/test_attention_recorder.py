@@ -20,7 +20,7 @@ from shapwrap.explainers.attention_recorder import AttentionRecorder
 from shapwrap.explainers.explained_model import ExplainedModel
 from shapwrap.explainers.explicit_attention import attend
 from tests.attention_models import Fused, OwnTransformer, Sequences
-from tests.backbones import NUM_CLASSES, SQUARE_KINDS, build, make_case
+from tests.backbones import CLASS_TOKEN_KINDS, NUM_CLASSES, SQUARE_KINDS, build, make_case
 
 KINDS = [
     "vit-class-token",
@@ -272,7 +272,9 @@ def test_what_the_head_reads():
 )
 def test_wrapped_models_may_drop_or_hide_their_prefix(kind, option, prefix):
     grid = (3, 3) if kind in SQUARE_KINDS else (2, 3)
-    case = make_case(kind, grid, prefix_tokens=option)
+    # With the readout left to choose, the head would go on reading the class token.
+    readout = {"readout": "affine"} if kind in CLASS_TOKEN_KINDS else {}
+    case = make_case(kind, grid, prefix_tokens=option, **readout)
     patches = grid[0] * grid[1]
     seen = look(case.wrapped.eval(), case.images, num_patches=patches)
     assert seen.num_prefix == prefix

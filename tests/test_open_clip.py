@@ -53,6 +53,9 @@ every_kind = pytest.mark.parametrize("kind", TOWERS)
 
 
 def make(kind, **options):
+    """A wrapped tower; class tokens are dropped unless asked otherwise, as the paper does."""
+    if kind not in EXACT:
+        options.setdefault("prefix_tokens", "drop")
     tower = build(kind)
     width = 24 if kind == "vit-without-projection" else EMBEDDING
     wrapped = ShapleyWrapper(tower, head=nn.Linear(width, NUM_CLASSES), **options)
@@ -88,6 +91,26 @@ def test_what_is_found(kind):
     else:
         assert "class token, which was dropped" in report.note
         assert (logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOWERS if kind not in EXACT])
+@torch.no_grad()
+def test_a_class_token_stays_where_nothing_else_is_asked(kind):
+    wrapped, images = make(kind, prefix_tokens="auto")
+    report = wrapped.report()
+    assert (report.masking, report.readout) == (REMOVAL, "class-token")
+    logits = wrapped(images)
+    expected = wrapped.new_head(embedding(wrapped.model, images))
+    torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-5)
+    gain = logits - wrapped.baseline
+    torch.testing.assert_close(wrapped.attribute(images).sum(1), gain, atol=1e-5, rtol=1e-5)
+    coalitions = draw(wrapped)
+    coalitions[:, 0], coalitions[:, 1] = False, True
+    values = wrapped.value(images, coalitions)
+    assert torch.equal(values[:, 0], torch.zeros_like(values[:, 0]))
+    torch.testing.assert_close(values[:, 1], gain, atol=1e-5, rtol=1e-5)
+    alone = wrapped(images, coalitions, paired=False).values
+    torch.testing.assert_close(values, alone, atol=1e-5, rtol=1e-5)
 
 
 @every_kind
@@ -131,7 +154,9 @@ def test_training(kind):
 @pytest.mark.parametrize("kind", [kind for kind in EXPECTED if EXPECTED[kind][0] == TOKENS])
 @torch.no_grad()
 def test_removal_equals_gathering(kind, prefix_tokens):
-    wrapped, images = make(kind, prefix_tokens=prefix_tokens)
+    # "auto" would keep the class token for the head, too.
+    readout = {} if kind in EXACT else {"readout": EXPECTED[kind][2]}
+    wrapped, images = make(kind, prefix_tokens=prefix_tokens, **readout)
     keep_prefix = prefix_tokens == "keep" or (prefix_tokens == "auto" and kind in EXACT)
     coalitions = draw(wrapped, num=6)
     found = wrapped.value(images, coalitions)

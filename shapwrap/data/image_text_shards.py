@@ -198,7 +198,7 @@ class ImageTextShards:
         now, before = self._what_order_depends_on(), state["depends_on"]
         changed = {
             name: (before.get(name), now[name])
-            for name in now.keys() - free
+            for name in sorted(now.keys() - free)
             if before.get(name) != now[name]
         }
         if changed:
