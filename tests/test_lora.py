@@ -242,7 +242,8 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     else:
         with pytest.raises(ArgumentError, match="merge_and_unload"):
             merge_lora(wrapped)
-        merged = ShapleyWrapper(wrapped.unwrap().merge_and_unload(), image_size=size).eval()
+        whole = wrapped.unwrap().merge_and_unload()
+        merged = ShapleyWrapper(whole, image_size=size, prefix_tokens=prefix_tokens).eval()
         with torch.no_grad():
             torch.testing.assert_close(merged(images), moved, atol=1e-5, rtol=1e-4)
 
