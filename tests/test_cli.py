@@ -34,7 +34,8 @@ def _fine(*arguments):
 def test_inspect():
     output = _fine("inspect", "test_vit")
     assert "token-removal" in output
-    assert "fine-tune before use" in output
+    assert "class-token" in output
+    assert "minus the baseline" in " ".join(output.split())
     assert "14 x 14" in _fine("inspect", "torchvision:resnet18", "--grid", "14")
     assert "zero-mask" in _fine("inspect", "test_resnet", "--num-classes", "3")
 
