@@ -34,7 +34,8 @@ def _fine(*arguments):
 def test_inspect():
     output = _fine("inspect", "test_vit")
     assert "token-removal" in output
-    assert "only training with shapley_loss" in output
+    assert "class-token" in output
+    assert "minus the baseline" in " ".join(output.split())
     assert "fine-tune before use" in _fine("inspect", "cait_xxs24_224", "--image-size", "64")
     assert "14 x 14" in _fine("inspect", "torchvision:resnet18", "--grid", "14")
     assert "zero-mask" in _fine("inspect", "test_resnet", "--num-classes", "3")
