@@ -11,8 +11,14 @@ from timm.data import create_transform, resolve_data_config
 
 from shapwrap import ShapleyWrapper, Trainer, TrainerConfig
 from shapwrap.backbones.base import Normalization
-from shapwrap.data import Augmentation, imagenet, imagenette, timm_transforms
-from shapwrap.errors import ArgumentError
+from shapwrap.data import (
+    Augmentation,
+    SkippedSampleWarning,
+    imagenet,
+    imagenette,
+    timm_transforms,
+)
+from shapwrap.errors import ArgumentError, ImageFileError
 
 IDS = ("n01440764", "n02102040", "n03888257")
 
@@ -103,6 +109,21 @@ def test_imagenette_is_found_in_any_size(tmp_path):
     _folder(tmp_path / "imagenette2")
     with pytest.raises(ArgumentError, match="imagenette2, imagenette2-160; expected one"):
         imagenette(tmp_path, wrapped)
+
+
+@pytest.mark.parametrize("preset", [imagenet, imagenette])
+def test_a_corrupt_image_is_named_or_skipped(tmp_path, preset):
+    root = _folder(tmp_path)
+    (root / "train" / IDS[1] / f"{IDS[1]}_2.png").write_bytes(b"no picture")
+    with pytest.raises(ImageFileError, match=r"_2\.png cannot be read"):
+        list(preset(root, _wrapped(), batch_size=4).train)
+    data = preset(root, _wrapped(), batch_size=4, corrupt="skip")
+    with pytest.warns(SkippedSampleWarning, match="_2.png"):
+        labels = torch.cat([labels for _, labels in data.train])
+    assert labels.bincount().tolist() == [4, 4, 4]
+    assert data.skipped == 1
+    with pytest.raises(ArgumentError, match="corrupt is 'ignore'"):
+        preset(root, _wrapped(), corrupt="ignore")
 
 
 def test_training_on_a_folder_with_all_augmentations(tmp_path):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from shapwrap import Trainer, TrainerConfig
 from shapwrap.errors import (
     CheckpointError,
-    DataWorkerError,
     TrainingError,
 )
 from shapwrap.training import checkpoint, checkpoint_folder
@@ -233,6 +233,14 @@ def test_a_damaged_history_does_not_stop_a_run(tmp_path, whole):
     assert found == [expected[0], *expected[4:]]
 
 
+@pytest.fixture(scope="module")
+def stopped_run(_one_thread, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    _stop_after(_trainer(folder), 4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
 class Stopped(Exception):
     pass
 
@@ -331,6 +339,31 @@ def test_other_refusals(tmp_path):
         _trainer(tmp_path).fit(resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tree: tree.update(model=[]),
+        lambda tree: tree["training"].pop("position"),
+        lambda tree: tree["training"].pop("scheduler"),
+        lambda tree: tree["training"]["position"].update(split={"processes": 1}),
+        lambda tree: tree["processes"].clear(),
+        lambda tree: (
+            tree["processes"][0].update(coalitions=tree["processes"][0]["random"]["torch"])
+            or tree["processes"][0]["random"].update(torch=1)
+        ),
+    ],
+)
+def test_states_of_another_form_are_refused(tmp_path, stopped_run, change):
+    """Whole, with the right digests, and made by nobody's training."""
+    folder = shutil.copytree(stopped_run, tmp_path / "run") / "step-00000004"
+    tree = json.loads((folder / "state.json").read_text())
+    change(tree)
+    (folder / "state.json").write_text(json.dumps(tree))
+    _manifest(folder, files=checkpoint_folder._described(folder))
+    with pytest.raises(CheckpointError, match=r"step-00000004 (cannot be read|is of another)"):
+        _trainer(tmp_path / "run").fit(resume=True)
+
+
 def test_another_model_is_refused(tmp_path):
     _stop_after(_trainer(tmp_path), 2)
     wrapped = make_case("resnet", grid=(2, 2)).wrapped
@@ -338,109 +371,3 @@ def test_another_model_is_refused(tmp_path):
     other = Trainer(wrapped, DataLoader(_images(), batch_size=4, shuffle=True), config=config)
     with pytest.raises(CheckpointError, match=r"of another model: it lacks"):
         other.fit(resume=True)
-
-
-# --- losses, workers ------------------------------------------------------------------------------
-
-
-class Breaking(Dataset):
-    """Good images, until `breaks` says otherwise."""
-
-    def __init__(self, flag, breaks):
-        self.data, self.flag, self.breaks = _images(), flag, breaks
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        images, label = self.data[index]
-        if index == 9 and self.flag.exists():
-            return self.breaks(images), label
-        return images, label
-
-
-def _breaks_in_the_second_epoch(folder, breaks, workers=0):
-    flag = folder / "broken"
-    data = DataLoader(Breaking(flag, breaks), batch_size=4, num_workers=workers)
-    trainer = _trainer(folder / "run", data, checkpoint_every=None)
-    after_epoch = trainer._after_epoch
-
-    def break_after_epoch(position, bar):
-        after_epoch(position, bar)
-        flag.touch()
-
-    trainer._after_epoch = break_after_epoch
-    return trainer
-
-
-def _goes_on(folder, trainer):
-    """The checkpoint of the first epoch is whole, and with good data the run ends."""
-    (folder / "broken").unlink()
-    assert [p.name[-1] for p in checkpoint.checkpoints(folder / "run")] == ["3"]
-    stopped = trainer.history.records[-1]
-    assert stopped["kind"] == "stopped"
-    data = DataLoader(_images(), batch_size=4)
-    again = _trainer(folder / "run", data, checkpoint_every=None)
-    again.fit(resume=True)
-    whole = _trainer(folder / "whole", data, checkpoint_every=None)
-    whole.fit()
-    assert _same(_weights(again), _weights(whole))
-    return stopped
-
-
-def test_a_loss_that_is_not_finite(tmp_path):
-    trainer = _breaks_in_the_second_epoch(tmp_path, lambda images: images * float("nan"))
-    with pytest.raises(TrainingError, match=r"not finite at or just before step 6"):
-        trainer.fit()
-    assert "not finite" in _goes_on(tmp_path, trainer)["reason"]
-
-
-def test_a_gradient_that_is_not_finite(tmp_path):
-    """A loss is finite, the weights after it are not: they take the place of no good ones."""
-    calls = []
-
-    def loss(logits, labels):
-        calls.append(1)
-        # 0, with a gradient that is no number.
-        odd = (logits * 0).sum().sqrt() if len(calls) == 4 else 0.0
-        return torch.nn.functional.cross_entropy(logits, labels) + odd
-
-    def trainer():
-        settings = {"shapley_weight": 0.0, "masked_cross_entropy": 0.0, "keep_checkpoints": 1}
-        made = _trainer(tmp_path, **settings)
-        return Trainer(made.wrapped, made._train_data, config=made.config, task_loss=loss)
-
-    with pytest.raises(TrainingError, match="weights are not finite after step 4"):
-        trainer().fit()
-    assert [p.name[-1] for p in checkpoint.checkpoints(tmp_path)] == ["3"]
-    again = trainer()
-    again.fit(resume=True)
-    assert all(tensor.isfinite().all() for tensor in _weights(again).values())
-
-
-def test_gradients_of_before_are_not_part_of_the_first_step(tmp_path, whole):
-    trainer = _trainer(tmp_path)
-    trainer.wrapped(_images().tensors[0]).square().sum().backward()
-    trainer.fit()
-    assert _same(whole[1], _weights(trainer))
-
-
-@pytest.mark.parametrize(
-    "end", [lambda _: os.kill(os.getpid(), signal.SIGKILL), lambda _: os._exit(3)]
-)
-def test_a_worker_that_dies(tmp_path, end):
-    trainer = _breaks_in_the_second_epoch(tmp_path, end, workers=1)
-    words = r"loads data died.*DataLoader worker.*step-00000003 is whole; fit\(resume=True\)"
-    with pytest.raises(DataWorkerError, match=words):
-        trainer.fit()
-    assert _goes_on(tmp_path, trainer)["error"] == "DataWorkerError"
-
-
-def test_other_errors_of_a_worker_are_its_own(tmp_path):
-    def fails(images):
-        raise RuntimeError("of the user's data set")
-
-    trainer = _breaks_in_the_second_epoch(tmp_path, fails, workers=1)
-    with pytest.raises(RuntimeError, match="of the user's data set") as raised:
-        trainer.fit()
-    assert type(raised.value) is RuntimeError

@@ -204,7 +204,8 @@ def test_resuming_is_exact(tmp_path):
     ],
 )
 def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
-    plain = make_case(kind)
+    # As a user wraps it: a class token and its head stay.
+    plain = make_case(kind, prefix_tokens="auto")
     model, size = build(kind, plain.wrapped.grid)
     model.load_state_dict(plain.wrapped.model.state_dict())
     model.eval()
@@ -216,6 +217,8 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     images = plain.images
     plain.wrapped.eval()
     assert wrapped.grid == plain.wrapped.grid
+    if wrapped.patch_layer is not None:
+        wrapped.patch_layer.load_state_dict(plain.wrapped.patch_layer.state_dict())
     assert wrapped._wrapping.masking == plain.wrapped._wrapping.masking
     coalitions = sample_coalitions(2, wrapped.num_patches, 4)
     with torch.no_grad():
@@ -225,11 +228,14 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
         _randomise(wrapped)
         moved, values = wrapped(images), wrapped.attribute(images)
         assert not torch.equal(moved, found.logits)
-        torch.testing.assert_close(values.sum(1), moved, atol=1e-5, rtol=1e-5)
+        assert wrapped.has_baseline == (kind == "torchvision-vit")
+        total = values.sum(1) + (wrapped.baseline if wrapped.has_baseline else 0.0)
+        torch.testing.assert_close(total, moved, atol=1e-5, rtol=1e-5)
     learning = {n for n, p in wrapped.named_parameters() if p.requires_grad}
-    assert all("lora_" in name for name in learning)
+    # The new layer of a readout learns, too.
+    assert all("lora_" in name or "patch_layer" in name for name in learning)
     wrapped.train()
-    wrapped(images, coalitions).values.square().mean().backward()
+    sum(part.square().mean() for part in wrapped(images, coalitions)).backward()
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
     wrapped.eval()
     with torch.no_grad():
@@ -333,6 +339,9 @@ def test_refusals():
     with pytest.raises(ArgumentError, match="has adapters already"):
         add_lora(wrapped)
     with torch.no_grad():
-        next(p for n, p in wrapped.named_parameters() if "lora_B" in n).fill_(torch.nan)
-    with pytest.raises(TrainingError, match="cannot be merged"):
+        # The last one: those before it must not be merged when it is found.
+        [p for n, p in wrapped.named_parameters() if "lora_B" in n][-1].fill_(torch.nan)
+    outline = _outline(wrapped.model)
+    with pytest.raises(TrainingError, match=r"cannot be merged: that of blocks\.1\.mlp\.fc2"):
         merge_lora(wrapped)
+    assert _outline(wrapped.model) == outline

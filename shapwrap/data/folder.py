@@ -90,8 +90,7 @@ def load_folder(
     Raises:
         ArgumentError: There are no images where they are expected, or another word for `corrupt`.
     """
-    if corrupt not in get_args(Corrupt):
-        raise ArgumentError(f"corrupt is {corrupt!r}; expected one of {get_args(Corrupt)}.")
+    check_corrupt(corrupt)
     augmented = image_transform(size, normalization, augment=True)
     plain = image_transform(size, normalization, augment=False)
     train, validation, class_names = split_folder(folder, augmented, plain)
@@ -104,6 +103,16 @@ def load_folder(
         DataLoader(validation, batch_size=batch_size, num_workers=workers),
         class_names,
     )
+
+
+def check_corrupt(corrupt: str) -> None:
+    """Raise for another word than those of `load_folder`.
+
+    Raises:
+        ArgumentError: It is one.
+    """
+    if corrupt not in get_args(Corrupt):
+        raise ArgumentError(f"corrupt is {corrupt!r}; expected one of {get_args(Corrupt)}.")
 
 
 def split_folder(

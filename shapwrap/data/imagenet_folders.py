@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from shapwrap.backbones.base import Normalization
 from shapwrap.data.augmentation import IMAGENETTE, Augmentation, timm_transforms
-from shapwrap.data.folder import FolderData, evenly_spread, split_folder
+from shapwrap.data.folder import Corrupt, FolderData, check_corrupt, evenly_spread, split_folder
+from shapwrap.data.readable import ReadableOnly
 from shapwrap.errors import ArgumentError
 from shapwrap.wrapper import ShapleyWrapper
 
@@ -23,6 +24,7 @@ def imagenet(
     normalization: Normalization | None = None,
     workers: int = 0,
     limit: int | None = None,
+    corrupt: Corrupt | str = "raise",
 ) -> FolderData:
     """Batches of a folder in ImageNet-1k's layout, and the names of its classes.
 
@@ -39,11 +41,13 @@ def imagenet(
         normalization: Mean and standard deviation of the channels, where the model does not tell.
         workers: Processes that load.
         limit: At most this many training images, spread evenly over the classes.
+        corrupt: What an image that cannot be read does, as in `load_folder`: "raise" or "skip".
 
     Raises:
         ArgumentError: Another layout, fewer images than a batch, or as many classes as the model
             does not have.
     """
+    check_corrupt(corrupt)
     root = Path(root)
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
@@ -65,6 +69,8 @@ def imagenet(
             f"batch_size is {batch_size}, and {root / 'train'} gives {available} images; expected "
             "at least one batch."
         )
+    if corrupt == "skip":
+        train, validation = ReadableOnly(train), ReadableOnly(validation)
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "num_workers": workers,
@@ -86,6 +92,7 @@ def imagenette(
     normalization: Normalization | None = None,
     workers: int = 0,
     limit: int | None = None,
+    corrupt: Corrupt | str = "raise",
 ) -> FolderData:
     """Batches of Imagenette in any of its sizes, and the names of its ten classes.
 
@@ -97,6 +104,7 @@ def imagenette(
         normalization: Mean and standard deviation of the channels, where the model does not tell.
         workers: Processes that load.
         limit: At most this many training images, spread evenly over the classes.
+        corrupt: What an image that cannot be read does, as in `load_folder`: "raise" or "skip".
 
     Raises:
         ArgumentError: What `imagenet` says, or several sizes side by side.
@@ -116,6 +124,7 @@ def imagenette(
         normalization=normalization,
         workers=workers,
         limit=limit,
+        corrupt=corrupt,
     )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load, load_file, save_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from shapwrap.errors import CheckpointError, TrainingError
+from shapwrap.errors import CheckpointError, ShapwrapError, TrainingError
 from shapwrap.training.checkpoint_folder import (
     MODEL,
     TENSORS,
@@ -28,6 +28,9 @@ from shapwrap.training.position import Position
 from shapwrap.training.processes import bytes_of_all, in_main_process
 from shapwrap.training.run_state import RunState
 from shapwrap.training.state_tree import pack, unpack
+
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+"""What JSON of another form leads to."""
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -124,15 +127,24 @@ def resume(
             f"process {accelerator.process_index} does not find {error.filename}, which the main "
             "process sees; expected an output_dir that all machines share."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); expected what shapwrap "
-            f"writes. Delete {folder.name} to go on from an earlier checkpoint."
-        ) from error
-    run.check(model, str(folder))
-    position.load(training["position"], processes)
-    run.load(model, training)
+    except (OSError, RecursionError, SafetensorError, *MALFORMED) as error:
+        raise _unreadable(folder, error) from error
+    try:
+        run.check(model, str(folder))
+        position.load(training["position"], processes)
+        run.load(model, training)
+    except ShapwrapError:
+        raise
+    except (RuntimeError, *MALFORMED) as error:
+        raise _unreadable(folder, error) from error
     return chosen["skipped"]
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} cannot be read ({type(error).__name__}: {error}); expected what shapwrap "
+        f"writes. Delete {folder.name} to go on from an earlier checkpoint."
+    )
 
 
 def _choose(directory: Path) -> dict[str, Any]:

@@ -135,13 +135,13 @@ def merge_lora(wrapped: ShapleyWrapper | ShapleyCLIP) -> list[str]:
         raise ArgumentError(
             f"{type(wrapped.model).__name__} has no adapters; expected a model after add_lora()."
         )
-    try:
-        _remove(wrapped.model, merge=True)
-    except ValueError as error:
+    # All of them before the first is merged: a half-merged model would be neither.
+    if odd := [name for name, layer in _adapted(wrapped.model) if not _is_finite(layer)]:
         raise TrainingError(
-            f"the adapters cannot be merged: {error}; expected finite numbers. Go back to an "
-            "earlier checkpoint."
-        ) from error
+            f"the adapters cannot be merged: that of {odd[0]} is not finite ({len(odd)} of "
+            f"{len(names)} in all). Go back to an earlier checkpoint."
+        )
+    _remove(wrapped.model, merge=True)
     unused = {id(p) for p in unused_parameters(wrapped._wrapping, wrapped.new_head)}
     for parameter in wrapped.parameters():
         parameter.requires_grad_(id(parameter) not in unused)
@@ -192,6 +192,10 @@ def _factors(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for product in products for parameter in product.parameters()]
 
 
+def _is_finite(layer: nn.Module) -> bool:
+    return all(bool(factor.isfinite().all()) for factor in _factors(layer))
+
+
 def _draw(model: nn.Module, generator: torch.Generator) -> None:
     """The first factors as peft draws them, but from this generator."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -212,19 +216,15 @@ def _idle(wrapped: ShapleyWrapper) -> list[str]:
 
 
 def _remove(model: nn.Module, *, merge: bool) -> None:
-    """Put the layers back in the places of the adapted ones, with or without what was learned.
-
-    Raises:
-        ValueError: An adapter is not finite.
-    """
+    """Put the layers back in the places of the adapted ones, with or without what was learned."""
     for name, layer in _adapted(model):
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             plain = layer.unload_and_optionally_merge_module(
-                merge=merge, safe_merge=True, adapter_names=None
+                merge=merge, safe_merge=False, adapter_names=None
             )
         else:
             if merge:
-                layer.merge(safe_merge=True)
+                layer.merge()
             plain = layer.get_base_layer()
         model.set_submodule(name, plain)
     if "peft_config" in vars(model):
