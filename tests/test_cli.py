@@ -57,7 +57,8 @@ def test_train_resume_and_explain(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     settled = tmp_path / "settled"
     options = tuple(settled if option is out else option for option in options)
-    said = _fine("train", *options, "--epochs", "1", "--shapley-weight", "auto")
+    options += ("--batch-size", "1", "--epochs", "2", "--shapley-weight", "auto")
+    said = _fine("train", *options)
     budget = json.loads((settled / "history.jsonl").read_text().splitlines()[-1])
     assert budget["kind"] == "budget"
     assert f"accuracy {budget['accuracy']:.3f}" in said

@@ -19,7 +19,7 @@ from shapwrap.errors import (
 )
 from shapwrap.training.lora import add_lora, merge_lora
 from shapwrap.training.token_layers import token_layers
-from tests.backbones import CLASS_TOKEN_KINDS, NUM_CLASSES, build, make_case
+from tests.backbones import NUM_CLASSES, build, make_case
 
 KINDS = ["vit-class-token", "vit-average", "torchvision-vit", "convnext", "hiera-average"]
 KINDS += ["eva-average-map", "whole-class-token"]
@@ -211,9 +211,7 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     model.eval()
     config = peft.LoraConfig(r=2, target_modules=targets)
     model = how(config, model) if how else peft.get_peft_model(model, config)
-    # As the case is wrapped.
-    prefix_tokens = "drop" if kind in CLASS_TOKEN_KINDS else "auto"
-    wrapped = ShapleyWrapper(model, image_size=size, prefix_tokens=prefix_tokens).eval()
+    wrapped = ShapleyWrapper(model, image_size=size).eval()
     images = plain.images
     plain.wrapped.eval()
     assert wrapped.grid == plain.wrapped.grid
@@ -248,8 +246,7 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     else:
         with pytest.raises(ArgumentError, match="merge_and_unload"):
             merge_lora(wrapped)
-        whole = wrapped.unwrap().merge_and_unload()
-        merged = ShapleyWrapper(whole, image_size=size, prefix_tokens=prefix_tokens).eval()
+        merged = ShapleyWrapper(wrapped.unwrap().merge_and_unload(), image_size=size).eval()
         with torch.no_grad():
             torch.testing.assert_close(merged(images), moved, atol=1e-5, rtol=1e-4)
 
