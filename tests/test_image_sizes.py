@@ -94,7 +94,8 @@ def test_sizes_that_a_model_refuses(make, built, refused):
     assert (rows, columns) == wrapped.grid and rows * built[1] == columns * built[0]
     with torch.no_grad():
         logits = wrapped(images, torch.rand(1, 2, rows * columns) < 0.5).logits
-        torch.testing.assert_close(wrapped.attribute(images).sum(1), logits, atol=1e-5, rtol=1e-4)
+        gains = logits - wrapped.baseline
+        torch.testing.assert_close(wrapped.attribute(images).sum(1), gains, atol=1e-5, rtol=1e-4)
     with pytest.raises(ImageError, match=f"refuses images of {refused[0]} x {refused[1]} pixels"):
         wrapped.explain(_images(refused, batch=1))
 
