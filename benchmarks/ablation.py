@@ -197,13 +197,15 @@ def train(wrapped: ShapleyWrapper, recipe: Recipe, options: argparse.Namespace) 
 
 
 @torch.no_grad()
-def measure(wrapped: ShapleyWrapper, options: argparse.Namespace) -> dict[str, float]:
-    """On the held-out part: accuracy, skill, and faithfulness of the predicted class."""
+def measure(
+    wrapped: ShapleyWrapper, options: argparse.Namespace, data: DataLoader
+) -> dict[str, float]:
+    """Accuracy, skill, and faithfulness of the predicted class."""
     wrapped.eval()
     predict = predictor(wrapped, wrapped.normalization)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in wrapped.normalization)
     correct, residuals, scores = [], [], []
-    for index, (images, labels) in enumerate(images_of(options, "held out", wrapped.normalization)):
+    for index, (images, labels) in enumerate(data):
         images = images.to(options.device)
         explanation = wrapped.explain(images)
         correct += (explanation.target.cpu() == labels).tolist()
@@ -277,7 +279,8 @@ def main() -> None:
         started = time.perf_counter()
         train(wrapped, recipe, options)
         minutes = (time.perf_counter() - started) / 60
-        result = measure(wrapped, options)
+        held_out = images_of(options, "held out", wrapped.normalization)
+        result = measure(wrapped, options, held_out)
         print(name, {key: round(value, 3) for key, value in result.items()}, flush=True)
         record = {"name": name, "recipe": asdict(recipe), "options": vars(options)}
         record |= {"result": result, "minutes": minutes, "machine": platform.processor()}

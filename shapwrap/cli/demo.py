@@ -59,8 +59,8 @@ def run(
     """Fine-tunes plainly, then with the Shapley loss; prints a table, writes figures and JSON."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    train = _scenes("train", train_images, seed)
-    test = _scenes("test", test_images, seed)
+    train = draw_scenes("train", train_images, seed)
+    test = draw_scenes("test", test_images, seed)
     wrapped = ShapleyWrapper(
         efficientnet_lite0(num_classes=10),
         grid=GRID,
@@ -98,7 +98,8 @@ def run(
     return record
 
 
-def _scenes(split: Any, count: int, seed: int) -> Scenes:
+def draw_scenes(split: Any, count: int, seed: int) -> Scenes:
+    """The first canvases of a split."""
     scenes = ClutteredDigits(split, num_images=count, image_size=IMAGE_SIZE, seed=seed)
     drawn = [scenes.scene(index) for index in range(count)]
     return Scenes(
