@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from timm.optim import param_groups_layer_decay
 from torch.nn import functional
@@ -377,6 +378,24 @@ def test_resuming_is_exact(tmp_path, options):
     with pytest.raises(TrainingError, match="settings of the run changed"):
         options = {**options, "ema_decay": 0.99}
         trainer(tmp_path / "parts").fit(resume=True)
+
+
+def test_two_runs_share_an_accelerator(tmp_path):
+    """The checkpoints of the second hold nothing of the first, which need not be there later."""
+
+    def trainer(folder, accelerator):
+        config = _config(output_dir=folder, ema_decay=0.9)
+        wrapped = ShapleyWrapper(_vit(seed=len(folder.name)))
+        return Trainer(wrapped, _batches(), config=config, accelerator=accelerator)
+
+    shared = Accelerator(cpu=True)
+    trainer(tmp_path / "one", shared).fit()
+    second = trainer(tmp_path / "second", shared)
+    second.fit()
+    again = trainer(tmp_path / "second", Accelerator(cpu=True))
+    again.fit(resume=True)
+    state = second.wrapped.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in again.wrapped.state_dict().items())
 
 
 def test_averages_of_half_precision_weights_do_not_stand_still():

@@ -90,14 +90,14 @@ class Loop(ABC):
             if config.ema_decay is not None:
                 trained = self.accelerator.unwrap_model(self.model)
                 self.averaged_weights = AveragedWeights(trained, config.ema_decay)
-                self.accelerator.register_for_checkpointing(self.averaged_weights)
         # FSDP2 has replaced the parameters.
         self._kept = [module.get_parameter(name) for name in names]
         for parameter in self._kept:
             parameter.requires_grad_(True)
         # Not accelerate's, which by its own settings steps once a process.
         self.scheduler = scheduler
-        self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler)
+        own = [] if self.averaged_weights is None else [self.averaged_weights]
+        self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler, own)
         self._started = False
 
     @property

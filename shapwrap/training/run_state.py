@@ -1,5 +1,6 @@
 """Weights, optimizer, schedule and whatever else a checkpoint holds beside the position."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,20 @@ class RunState:
         accelerator: Of the run; it may have a gradient scaler.
         module: What is trained, without DDP around it.
         optimizer: As prepared.
-        scheduler: As prepared.
+        scheduler: As it is.
+        own: What else this run has that holds a state. Not given to the accelerator, which may
+            serve another run, too.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any, scheduler: Any):
-        self._accelerator, self._module = accelerator, module
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        own: Sequence[Any] = (),
+    ):
+        self._accelerator, self._module, self._own = accelerator, module, list(own)
         self._optimizer, self._scheduler = optimizer, scheduler
 
     def model_state(self) -> dict[str, Any]:
@@ -91,7 +101,7 @@ class RunState:
     @property
     def _registered(self) -> list[Any]:
         # accelerate has no public way to ask.
-        return list(getattr(self._accelerator, "_custom_objects", ()))
+        return [*self._own, *getattr(self._accelerator, "_custom_objects", ())]
 
     def _split(self, state: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's state, split as its parameters are."""
