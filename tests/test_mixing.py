@@ -169,7 +169,10 @@ def test_a_step_of_the_trainer():
     whole = _label_by_hand(shares, labels, torch.ones(4, 1, 12, dtype=torch.bool))[:, 0]
     task = functional.cross_entropy(output.logits, whole, label_smoothing=0.1)
     seen = _label_by_hand(shares, labels, coalitions)
-    masked = sum(functional.cross_entropy(output.values[:, s], seen[:, s]) for s in range(4)) / 4
+    # The class token is there without any patch: v(s) is what the patches add to its logits.
+    assert wrapped.has_baseline
+    shown = output.values + wrapped.baseline
+    masked = sum(functional.cross_entropy(shown[:, s], seen[:, s]) for s in range(4)) / 4
     assert record["task_loss"] == pytest.approx(float(task), rel=1e-5)
     assert record["masked_task_loss"] == pytest.approx(float(masked), rel=1e-5)
     assert record["shapley_loss"] == pytest.approx(float(shapley_loss(output)), rel=1e-4)
