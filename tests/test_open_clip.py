@@ -25,10 +25,10 @@ NUM_CLASSES = 5
 TOKENS, REMOVAL, ZERO = "open_clip tokens", "token-removal", "zero-mask"
 TIMM_TOKENS, TIMM_MAP = "image tower, timm tokens", "image tower, timm feature map"
 EXPECTED = {
-    "vit-token": (TOKENS, REMOVAL, "affine", (3, 4)),
-    "vit-token-dropout": (TOKENS, REMOVAL, "affine", (3, 4)),
-    "vit-token-custom-blocks": (TOKENS, REMOVAL, "affine", (3, 4)),
-    "vit-token-late-norm": (TOKENS, REMOVAL, "shared-norm", (3, 4)),
+    "vit-token": (TOKENS, REMOVAL, "class-token", (3, 4)),
+    "vit-token-dropout": (TOKENS, REMOVAL, "class-token", (3, 4)),
+    "vit-token-custom-blocks": (TOKENS, REMOVAL, "class-token", (3, 4)),
+    "vit-token-late-norm": (TOKENS, REMOVAL, "class-token", (3, 4)),
     "vit-average": (TOKENS, REMOVAL, "affine", (3, 4)),
     "vit-average-late-norm": (TOKENS, REMOVAL, "shared-norm", (3, 4)),
     "vit-without-projection": (TOKENS, REMOVAL, "affine", (3, 4)),
@@ -36,10 +36,10 @@ EXPECTED = {
     # Each of its queries is normed alone, so no mean of patches is read.
     "coca-average": ("image tower, kept whole", ZERO, "efficiency-gap", (3, 4)),
     "resnet": ("open_clip ResNet", ZERO, "affine", (2, 2)),
-    "timm-vit-token-linear": (TIMM_TOKENS, REMOVAL, "affine", (4, 4)),
+    "timm-vit-token-linear": (TIMM_TOKENS, REMOVAL, "class-token", (4, 4)),
     "timm-vit-map-none": (TIMM_TOKENS, REMOVAL, "gap", (4, 4)),
     "timm-vit-map-trunk": (TIMM_TOKENS, REMOVAL, "gap", (4, 4)),
-    "timm-eva-token": (TIMM_TOKENS, REMOVAL, "affine", (4, 4)),
+    "timm-eva-token": (TIMM_TOKENS, REMOVAL, "class-token", (4, 4)),
     "timm-eva-map": (TIMM_TOKENS, REMOVAL, "gap", (4, 4)),
     "timm-convnext-linear": (TIMM_MAP, ZERO, "shared-norm", (2, 2)),
     "timm-convnext-mlp": (TIMM_MAP, ZERO, "gap", (2, 2)),
@@ -48,7 +48,6 @@ EXPECTED = {
     "timm-resnet-trunk": (TIMM_MAP, ZERO, "affine", (2, 2)),
     "timm-swin": (TIMM_MAP, ZERO, "affine", (4, 4)),
 }
-EXACT = [kind for kind in TOWERS if "token" not in kind]
 every_kind = pytest.mark.parametrize("kind", TOWERS)
 
 
@@ -80,14 +79,22 @@ def test_what_is_found(kind):
     assert report.backbone == f"{type(wrapped.model).__name__} ({EXPECTED[kind][0]})"
     assert (report.masking, report.readout, report.grid) == EXPECTED[kind][1:]
     logits = wrapped(images)
-    torch.testing.assert_close(wrapped.attribute(images).sum(1), logits, atol=1e-5, rtol=1e-5)
+    gains = logits - wrapped.baseline
+    torch.testing.assert_close(wrapped.attribute(images).sum(1), gains, atol=1e-5, rtol=1e-5)
     expected = wrapped.new_head(embedding(wrapped.model, images))
-    if kind in EXACT:
-        assert expected.std(dim=0).mean() > 2e-4, "the images must differ"
-        torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-5)
-    else:
-        assert "class token, which was dropped" in report.note
-        assert (logits - expected).abs().max() > 1e-3
+    assert expected.std(dim=0).mean() > 2e-4, "the images must differ"
+    torch.testing.assert_close(logits, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOWERS if "token" in kind])
+@torch.no_grad()
+def test_a_token_that_was_dropped(kind):
+    wrapped, images = make(kind, prefix_tokens="drop")
+    logits = wrapped(images)
+    torch.testing.assert_close(wrapped.attribute(images).sum(1), logits, atol=1e-5, rtol=1e-5)
+    assert "class token, which was dropped" in wrapped.report().note
+    expected = wrapped.new_head(embedding(wrapped.model, images))
+    assert (logits - expected).abs().max() > 1e-3
 
 
 @every_kind
@@ -98,7 +105,8 @@ def test_the_game(kind):
     coalitions[:, 0], coalitions[:, 1] = False, True
     values = wrapped.value(images, coalitions)
     assert torch.equal(values[:, 0], torch.zeros_like(values[:, 0]))
-    torch.testing.assert_close(values[:, 1], wrapped(images), atol=1e-5, rtol=1e-5)
+    gains = wrapped(images) - wrapped.baseline
+    torch.testing.assert_close(values[:, 1], gains, atol=1e-5, rtol=1e-5)
     alone = wrapped(images, coalitions, paired=False).values
     torch.testing.assert_close(wrapped(images, coalitions, paired=True).values, alone)
     absent = ~coalitions[:, 2].unflatten(1, wrapped.grid)
@@ -122,7 +130,7 @@ def test_training(kind):
     assert first.weight.grad.abs().sum() > 0
     assert wrapped.new_head.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        values = wrapped.attribute(images).sum(1)
+        values = wrapped.attribute(images).sum(1) + wrapped.baseline
         torch.testing.assert_close(values, wrapped(images), atol=1e-4, rtol=1e-4)
 
 
@@ -132,7 +140,7 @@ def test_training(kind):
 @torch.no_grad()
 def test_removal_equals_gathering(kind, prefix_tokens):
     wrapped, images = make(kind, prefix_tokens=prefix_tokens)
-    keep_prefix = prefix_tokens == "keep" or (prefix_tokens == "auto" and kind in EXACT)
+    keep_prefix = prefix_tokens != "drop"
     coalitions = draw(wrapped, num=6)
     found = wrapped.value(images, coalitions)
     for image, rows, values in zip(images, coalitions, found, strict=True):
@@ -148,6 +156,11 @@ def gathered_value(wrapped, image, coalition, keep_prefix):
     patches = tokens[:, 1:][:, coalition]
     kept = torch.cat((tokens[:, :1], patches), dim=1) if keep_prefix else patches
     encoded = tower.transformer(kept)
+    if wrapped.has_baseline:
+        # Token and head as they are, less what they say without a patch.
+        alone = tower.transformer(tokens[:, :1])
+        said, empty = (tower.ln_post(one[:, 0]) @ tower.proj for one in (encoded, alone))
+        return (wrapped.new_head(said) - wrapped.new_head(empty))[0]
     first = 1 if keep_prefix else 0
     if tower.attn_pool is not None:
         pooled = tower.ln_post(tower.attn_pool(encoded)[:, 0])
