@@ -29,8 +29,8 @@ def main() -> None:
         name = path.stem.removesuffix("-shapley")
         state = torch.load(path, weights_only=True)
         # Only the readout with the class token has a layer for patches.
-        paper = "patch_layer.weight" not in state
-        wrapped = make_model(name, options.size, options.weights, paper=paper).eval()
+        prefix = "auto" if "patch_layer.weight" in state else "drop"
+        wrapped = make_model(name, options.size, options.weights, prefix).eval()
         wrapped.load_state_dict(state)
         square = (options.size, options.size)
         transform = image_transform(square, wrapped.normalization, augment=False)

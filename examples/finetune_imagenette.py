@@ -25,7 +25,7 @@ VIT_WEIGHTS = "vit_small_patch14_saliency.fp16.safetensors"
 RUNS = {"plain": {"shapley_weight": 0.0, "masked_cross_entropy": 0.0}, "shapley": {}}
 
 
-def make_model(name: str, size: int, weights: Path, *, paper: bool = False) -> ShapleyWrapper:
+def make_model(name: str, size: int, weights: Path, prefix: str = "auto") -> ShapleyWrapper:
     """A wrapped model with pretrained weights and a new head for 10 classes."""
     names = ["tench", "springer", "cassette player", "chain saw", "church", "French horn"]
     names += ["garbage truck", "gas pump", "golf ball", "parachute"]
@@ -36,9 +36,7 @@ def make_model(name: str, size: int, weights: Path, *, paper: bool = False) -> S
     model = timm.create_model(
         "vit_small_patch14_dinov2", pretrained=True, img_size=size, pretrained_cfg_overlay=overlay
     )
-    return ShapleyWrapper(
-        model, num_classes=10, class_names=names, prefix_tokens="drop" if paper else "auto"
-    )
+    return ShapleyWrapper(model, num_classes=10, class_names=names, prefix_tokens=prefix)
 
 
 def load(options: argparse.Namespace, split: str, count: int, statistics: tuple) -> DataLoader:
@@ -62,17 +60,16 @@ def main() -> None:
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-5, 3e-4])
     for name, default in (("size", 112), ("train-images", 1200), ("val-images", 400), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("epochs", 4), ("batch-size", 16), ("workers", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--precision", default="no")
-    parser.add_argument("--paper-readout", action="store_true", help="drop the class token")
+    for name, default in (("epochs", 4), ("batch-size", 16), ("workers", 0), ("precision", "no")):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--prefix-tokens", default="auto", help="drop: as the paper does")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table = {"torch": str(torch.__version__), "timm": timm.__version__, "options": str(options)}
     settings = (options.models, options.shapley_weights, options.learning_rates)
     for name, weight, rate in zip(*settings, strict=True):
         for run, terms in RUNS.items():
-            wrapped = make_model(name, options.size, options.weights, paper=options.paper_readout)
+            wrapped = make_model(name, options.size, options.weights, options.prefix_tokens)
             statistics = wrapped.normalization
             config = TrainerConfig(
                 epochs=options.epochs,

@@ -379,7 +379,7 @@ def test_automatic_weight_holds_accuracy_on_images_that_are_not_trained_on(tmp_p
     images = Counted()
     records = train(
         ShapleyWrapper(tiny_vit(2, (48, 64))),
-        [{"epochs": 1, "batch_size": 4, "shapley_weight": "auto", "max_accuracy_drop": 1.0}],
+        [{"epochs": 1, "batch_size": 4, "shapley_weight": "auto", "log_every": 2}],
         lambda size: DataLoader(images, size, shuffle=True),
         folder=tmp_path,
         seed=0,
