@@ -19,7 +19,7 @@ from shapwrap.errors import (
 )
 from shapwrap.training.lora import add_lora, merge_lora
 from shapwrap.training.token_layers import token_layers
-from tests.backbones import NUM_CLASSES, build, make_case
+from tests.backbones import CLASS_TOKEN_KINDS, NUM_CLASSES, build, make_case
 
 KINDS = ["vit-class-token", "vit-average", "torchvision-vit", "convnext", "hiera-average"]
 KINDS += ["eva-average-map", "whole-class-token"]
@@ -210,7 +210,8 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     model.eval()
     config = peft.LoraConfig(r=2, target_modules=targets)
     model = how(config, model) if how else peft.get_peft_model(model, config)
-    wrapped, images = ShapleyWrapper(model, image_size=size).eval(), plain.images
+    as_the_case = {"prefix_tokens": "drop"} if kind in CLASS_TOKEN_KINDS else {}
+    wrapped, images = ShapleyWrapper(model, image_size=size, **as_the_case).eval(), plain.images
     plain.wrapped.eval()
     assert wrapped.grid == plain.wrapped.grid
     assert wrapped._wrapping.masking == plain.wrapped._wrapping.masking
