@@ -240,7 +240,8 @@ def test_a_model_with_adapters_can_be_wrapped(kind, targets, how):
     else:
         with pytest.raises(ArgumentError, match="merge_and_unload"):
             merge_lora(wrapped)
-        merged = ShapleyWrapper(wrapped.unwrap().merge_and_unload(), image_size=size).eval()
+        model = wrapped.unwrap().merge_and_unload()
+        merged = ShapleyWrapper(model, image_size=size, **as_the_case).eval()
         with torch.no_grad():
             torch.testing.assert_close(merged(images), moved, atol=1e-5, rtol=1e-4)
 
