@@ -423,6 +423,7 @@ for name, weight in weights_of(trainer).items():
     both = [torch.zeros_like(weight) for _ in range(2)]
     dist.all_gather(both, weight)
     assert torch.equal(*both), name
+dist.barrier()
 trainer.accelerator.end_training()
 print("fine")
 """

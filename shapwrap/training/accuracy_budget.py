@@ -1,5 +1,6 @@
 """`shapley_weight="auto"`: as much skill as an accuracy budget allows."""
 
+import gc
 import math
 import warnings
 from collections.abc import Callable
@@ -66,7 +67,9 @@ class PlainReference:
         self.weights = {name: one.detach().cpu() for name, one in _weights_of(trained).items()}
         # An accelerator of the user's own keeps the optimizer; nothing needs its state.
         run.optimizer.state.clear()
-        self._run = None
+        self._run = run = None
+        # Its DDP hangs in reference cycles, and would otherwise end after its process group.
+        gc.collect()
 
     def task_loss(self, step: int) -> float:
         """Mean task loss up to this step, as its record has it."""
