@@ -67,7 +67,8 @@ class PlainReference:
         self.weights = {name: one.detach().cpu() for name, one in _weights_of(trained).items()}
         # An accelerator of the user's own keeps the optimizer; nothing needs its state.
         run.optimizer.state.clear()
-        self._run = run = None
+        self._run = None
+        del run
         # Its DDP hangs in reference cycles, and would otherwise end after its process group.
         gc.collect()
 
