@@ -224,6 +224,12 @@ def measure(
     return {"accuracy": sum(correct) / len(correct), "skill": 1 - residual / trivial, **row}
 
 
+def mean_and_spread(values: list[float]) -> str:
+    """Mean over seeds, and their standard deviation where there are several."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
 def draw(out: Path) -> None:
     """One table and one figure of all runs in the folder."""
     rows = [json.loads(file.read_text()) for file in sorted(out.glob("*.json"))]
@@ -235,9 +241,7 @@ def draw(out: Path) -> None:
         runs = [row["result"] for row in rows if row["name"] == name]
         cells = []
         for column in columns:
-            values = [run[column] for run in runs]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.3f}{spread}")
+            cells.append(mean_and_spread([run[column] for run in runs]))
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
         point = [statistics.fmean(run[column] for run in runs) for column in ("skill", "accuracy")]
         axis.plot(*point, "s" if "patch" in name or "paper" in name else "o")

@@ -12,13 +12,12 @@ run that is there is not made again; then `table.md` of all. Without --data, the
 import argparse
 import json
 import platform
-import statistics
 import time
 from pathlib import Path
 
 import timm
 import torch
-from ablation import BASE, make_model, measure
+from ablation import BASE, make_model, mean_and_spread, measure
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import Imagenette
 
@@ -102,7 +101,6 @@ def run(name: str, options) -> dict[str, dict[str, float]]:
     history = trainer.fit()
     found = DataLoader(test, batch, num_workers=options.workers)
     ours = measure(wrapped, options, found) | {"share": history[-1]["share"]}
-    assert trainer.reference is not None
     wrapped.load_state_dict(trainer.reference.weights, strict=False)
     return {"plain": measure(wrapped, options, found), "ours": ours}
 
@@ -117,9 +115,7 @@ def draw(out: Path) -> None:
             runs = [row["result"][kind] for row in rows if row["name"] == name]
             cells = []
             for column in columns:
-                values = [one[column] for one in runs]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.3f}{spread}")
+                cells.append(mean_and_spread([one[column] for one in runs]))
             lines.append(f"| {name} | {kind} | {len(runs)} | {' | '.join(cells)} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
 

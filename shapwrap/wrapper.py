@@ -226,11 +226,13 @@ class ShapleyWrapper(Facts, nn.Module):
         paired, head = are_complement_pairs(coalitions), self._wrapping.head
         step = chunk_size or coalitions.shape[1]
         step = max(2, step // 2 * 2) if paired else step
+        with without_autocast(images):
+            baseline = game.baseline_of(head)
         parts = []
         for part in coalitions.to(images.device).split(step, dim=1):
             means = self._wrapping.masked_means(images, part, paired)
             with without_autocast(images):
-                parts.append(game.values_of(head, means, part, None, game.baseline_of(head)))
+                parts.append(game.values_of(head, means, part, None, baseline))
         return torch.cat(parts, dim=1)
 
     # --- explanations -------------------------------------------------------------------------

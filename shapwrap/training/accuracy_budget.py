@@ -174,7 +174,7 @@ class _Line:
         """Start for 0, the model's own for 1."""
         for name, weight in self._weights.items():
             start = self._start[name].to(weight.device)
-            weight.copy_(start + share * (self._end[name] - start) if share else start)
+            weight.copy_(start + share * (self._end[name] - start))
 
 
 def _found_in(records: list[dict[str, Any]]) -> dict[str, Any]:

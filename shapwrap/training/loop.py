@@ -96,7 +96,7 @@ class Loop(ABC):
             parameter.requires_grad_(True)
         # Not accelerate's, which by its own settings steps once a process.
         self.scheduler = scheduler
-        own = [] if self.averaged_weights is None else [self.averaged_weights]
+        own = [*self._own_state(), *filter(None, [self.averaged_weights])]
         self._state = RunState(self.accelerator, module, self.optimizer, self.scheduler, own)
         self._started = False
 
@@ -128,11 +128,16 @@ class Loop(ABC):
         """What else goes into a training record."""
         return {}
 
-    def _after_record(self, position: Position, means: dict[str, float]) -> None:  # noqa: B027
-        """What follows from the mean losses since the last record, the same in all processes."""
+    def _own_state(self) -> list[Any]:
+        """What a checkpoint holds besides, each with a `state_dict`."""
+        return []
 
-    def _finish(self, position: Position) -> None:  # noqa: B027
-        """What is done to the trained model in the end."""
+    def _after_record(self, step: int, means: dict[str, float]) -> None:  # noqa: B027 - optional
+        """What follows from the mean losses of a record, the same in all processes."""
+
+    def _finish(self) -> dict[str, Any] | None:
+        """The last record, of what was done to the trained model in the end; None for nothing."""
+        return None
 
     def _unread_parameters(self) -> list[nn.Parameter]:
         """Parameters that no loss reads, for whose gradients DDP would wait."""
@@ -214,7 +219,8 @@ class Loop(ABC):
                     self._run_epoch(position, bar)
             if self.averaged_weights is not None:
                 self.averaged_weights.put_in_place()
-            self._finish(position)
+            if (last := self._finish()) is not None:
+                self.history.add(step=position.step, epoch=position.epoch, **last)
         except ShapwrapError as error:
             self._faults.stopped(error, position)
             raise
@@ -312,7 +318,7 @@ class Loop(ABC):
                 **self._state_of_loss(position),
                 **means,
             )
-            self._after_record(position, means)
+            self._after_record(position.step, means)
         every = self._settings.checkpoint_every
         # The last step is saved after its validation.
         if every is not None and position.step % every == 0 and position.step < self.total_steps:

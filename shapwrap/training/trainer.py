@@ -74,17 +74,20 @@ class Trainer(Loop):
         self.wrapped = wrapped
         self.objective = Objective(self.config, task_loss, has_baseline=wrapped.has_baseline)
         self._mixing = Mixing.of(self.config)
-        self.reference: PlainReference | None = None
+        self._budget: AccuracyBudget | None = None
         if self.config.shapley_weight == "auto":
             # Before the model is prepared for its processes.
-            self.reference = self._plain_run(train_data, val_data, task_loss, accelerator)
-        super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
-        self._budget = None
-        if self.reference is not None:
+            reference = self._plain_run(train_data, val_data, task_loss, accelerator)
             drop = self.config.max_accuracy_drop
-            self._budget = AccuracyBudget(self.reference, drop, self._mean_of_processes)
-            self.accelerator.register_for_checkpointing(self._budget.weight)
+            self._budget = AccuracyBudget(reference, drop, self._mean_of_processes)
+        super().__init__(wrapped, train_data, val_data, config=self.config, accelerator=accelerator)
+        if self._budget is not None:
             self._check_adapts()
+
+    @property
+    def reference(self) -> PlainReference | None:
+        """Plain training, with `shapley_weight="auto"`; its accuracy and weights, once trained."""
+        return None if self._budget is None else self._budget.reference
 
     def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
         """Trains; returns the history, one record a validation or `log_every` steps.
@@ -180,16 +183,19 @@ class Trainer(Loop):
             return {"shapley_weight": self._budget.weight.last}
         return {"shapley_weight": self.config.ramped_weight((position.step - 1) / self.total_steps)}
 
-    def _after_record(self, position: Position, means: dict[str, float]) -> None:
+    def _own_state(self) -> list[Any]:
+        return [] if self._budget is None else [self._budget.weight]
+
+    def _after_record(self, step: int, means: dict[str, float]) -> None:
         if self._budget is not None:
             progress = self.config.log_every / self.total_steps
-            self._budget.adapt(position.step, means["task_loss"], progress)
+            self._budget.adapt(step, means["task_loss"], progress)
 
-    def _finish(self, position: Position) -> None:
-        if self._budget is not None:
-            trained = self.accelerator.unwrap_model(self.model)
-            found = self._budget.settle(trained, self.evaluate)
-            self.history.add(kind="budget", step=position.step, epoch=position.epoch, **found)
+    def _finish(self) -> dict[str, Any] | None:
+        if self._budget is None:
+            return None
+        trained = self.accelerator.unwrap_model(self.model)
+        return {"kind": "budget", **self._budget.settle(trained, self.evaluate)}
 
     def _plain_run(
         self,
