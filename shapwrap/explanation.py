@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from shapwrap._types import Grid, Logits
+from shapwrap._types import Grid, Logits, PatchValues
 from shapwrap.backbones.base import Normalization
 from shapwrap.errors import ArgumentError, TargetError
 from shapwrap.masking.pixels import fitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from shapwrap.audit import Audit
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Explanation:
     total: Float[Tensor, " batch"] | None = None
     """What the values must sum to, where that is not the logit minus the baseline; NaN for a method
     that claims no sum, whose values have a unit of their own."""
+    all_values: PatchValues | None = None
+    """phi of every class, where asked for with `all_classes=True`; `values` is the target's."""
+    unit: str = "logit"
+    """Of values and logits: "logit", or "similarity" where the classes are texts."""
 
     def heatmap(self, size: tuple[int, int] | None = None) -> Float[Tensor, "batch height width"]:
         """The values as maps, [B, H, W], in logits a patch, or a pixel where pixels have values.
@@ -102,6 +109,8 @@ class Explanation:
         normalization: Normalization | tuple[Sequence[float], Sequence[float]] | None = None,
         class_names: Sequence[str] | None = None,
         max_images: int = 8,
+        width: float = 9.0,
+        limit: float | None = None,
     ) -> "Figure":
         """A matplotlib figure: image, heat map and overlay, one row an image.
 
@@ -113,9 +122,13 @@ class Explanation:
                 of the model.
             class_names: By default those of the model, where known.
             max_images: Rows at the most.
+            width: Of the figure in inches: 3.25 for a column of a paper, 6.9 for its page.
+            limit: Value of the strongest colour, to share a scale with other figures; by default
+                the largest value of these images.
 
         Raises:
             PlotError: The true colours cannot be told.
+            ArgumentError: A width or limit that is not positive.
             MissingDependencyError: matplotlib is not installed.
         """
         from shapwrap.plotting import plot_explanation
@@ -127,6 +140,55 @@ class Explanation:
             normalization=statistics or self.normalization,
             class_names=class_names or self.class_names,
             max_images=max_images,
+            width=width,
+            limit=limit,
+        )
+
+    def save(
+        self,
+        path: str | Path,
+        images: Tensor,
+        *,
+        audit: "Audit | None" = None,
+        normalization: Normalization | tuple[Sequence[float], Sequence[float]] | None = None,
+        class_names: Sequence[str] | None = None,
+        captions: Sequence[str] | None = None,
+        title: str = "Patch values",
+        width: float = 9.0,
+    ) -> Path:
+        """The file written: a page to explore (.html), or the figure of `plot` (.pdf, .svg, .png).
+
+        The page is one file that needs no network. It shows one class an image, or, explained with
+        `all_classes=True`, every class.
+
+        Args:
+            path: Where to; folders are made, a file that is there is replaced.
+            images: What was explained, [B, C, H, W], normalised.
+            audit: `wrapped.audit(images)`, for the page to say how far the values can be trusted.
+            normalization: As in `plot`.
+            class_names: As in `plot`.
+            captions: What to call each image on the page, for example its file name.
+            title: Of the page.
+            width: Of the figure in inches, as in `plot`.
+
+        Raises:
+            ArgumentError: Another suffix, or captions or an audit of other images.
+            ImageError: Not the images that were explained.
+            PlotError: The true colours cannot be told.
+            MissingDependencyError: matplotlib is not installed, which figures need.
+        """
+        from shapwrap.page.saving import save_explanation
+
+        return save_explanation(
+            self,
+            path,
+            images,
+            audit=audit,
+            normalization=normalization,
+            class_names=class_names,
+            captions=captions,
+            title=title,
+            width=width,
         )
 
 

@@ -1,6 +1,8 @@
 """Figures: image, heat map and overlay, in true colours and on one scale."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shapwrap.backbones.base import Normalization
-from shapwrap.errors import ImageError, MissingDependencyError, PlotError
+from shapwrap.errors import ArgumentError, ImageError, MissingDependencyError, PlotError
 from shapwrap.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -25,12 +27,15 @@ def plot_explanation(
     normalization: Normalization | None,
     class_names: Sequence[str] | None,
     max_images: int,
+    width: float = 9.0,
+    limit: float | None = None,
 ) -> "Figure":
     """See `Explanation.plot`.
 
     Raises:
         ImageError: The images are not those that were explained.
         PlotError: The true colours cannot be told.
+        ArgumentError: A width or limit that is not positive.
         MissingDependencyError: matplotlib is not installed.
     """
     try:
@@ -40,6 +45,61 @@ def plot_explanation(
         raise MissingDependencyError(
             "figures need matplotlib; run: pip install 'shapwrap[plot]'"
         ) from error
+    check_drawable(explanation, images, class_names)
+    for name, number in (("width", width), ("limit", 1.0 if limit is None else limit)):
+        if not 0 < number < math.inf:
+            raise ArgumentError(f"{name} is {number}; expected a positive number.")
+    rows = min(len(images), max(1, max_images))
+    pixels = true_colors(images[:rows].detach().float().cpu(), normalization)
+    maps = explanation.heatmap()[:rows].detach().float().cpu()
+    limit = limit or float(explanation.values[:rows].abs().max()) or 1.0
+    aspect = explanation.image_size[0] / explanation.image_size[1]
+    height = 0.32 * width * aspect * rows + 0.3
+    figure = Figure(figsize=(width, height), layout="constrained")
+    text = min(9.0, max(5.0, 1.6 * width))
+    grid_of_axes = figure.subplots(rows, 3, squeeze=False)
+    what = "value minus class mean" if explanation.contrast else "value"
+    drawn = None
+    for row, (image_axes, map_axes, overlay_axes) in enumerate(grid_of_axes):
+        colors = {"cmap": COLOR_MAP, "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+        _show(image_axes, pixels[row])
+        image_axes.set_title(_title(explanation, row, class_names), fontsize=text)
+        drawn = map_axes.imshow(maps[row].numpy(), **colors)
+        map_axes.set_title(f"{what} ({explanation.unit} a patch)", fontsize=text)
+        _show(overlay_axes, pixels[row].mean(dim=0, keepdim=True) * 0.8 + 0.1)
+        # Weak values leave the picture visible, strong ones colour it.
+        opacity = (maps[row].abs() / limit).sqrt().clamp(0, 1) * 0.75
+        overlay_axes.imshow(maps[row].numpy(), alpha=opacity.numpy(), **colors)
+        overlay_axes.set_title("overlay", fontsize=text)
+        for axes in (image_axes, map_axes, overlay_axes):
+            axes.set_axis_off()
+    if drawn is not None:
+        scale = figure.colorbar(drawn, ax=grid_of_axes[:, 2].tolist(), shrink=0.8)
+        scale.ax.tick_params(labelsize=text)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path, *, dpi: int = 200) -> None:
+    """The figure as a file of the suffix's kind: text and lines as vectors in .pdf and .svg.
+
+    Fonts are embedded, in PDF as TrueType, which publishers ask for; in SVG as outlines.
+    """
+    from matplotlib import rc_context
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({"pdf.fonttype": 42, "svg.fonttype": "path"}):
+        figure.savefig(path, dpi=dpi)
+
+
+def check_drawable(
+    explanation: Explanation, images: Tensor, class_names: Sequence[str] | None
+) -> None:
+    """Raise unless these are the images that were explained, with one name a class.
+
+    Raises:
+        ImageError: Other images.
+        PlotError: Another number of names.
+    """
     expected = (len(explanation.values), *explanation.image_size)
     if images.ndim != 4 or (images.shape[0], *images.shape[-2:]) != expected:
         raise ImageError(
@@ -51,31 +111,6 @@ def plot_explanation(
             f"class_names has {len(class_names)} names; expected one for each of the "
             f"{explanation.logits.shape[1]} classes."
         )
-    rows = min(len(images), max(1, max_images))
-    pixels = true_colors(images[:rows].detach().float().cpu(), normalization)
-    maps = explanation.heatmap()[:rows].detach().float().cpu()
-    limit = float(explanation.values[:rows].abs().max()) or 1.0
-    aspect = explanation.image_size[0] / explanation.image_size[1]
-    figure = Figure(figsize=(9.0, 2.9 * aspect * rows + 0.3), layout="constrained")
-    grid_of_axes = figure.subplots(rows, 3, squeeze=False)
-    what = "value minus class mean" if explanation.contrast else "value"
-    drawn = None
-    for row, (image_axes, map_axes, overlay_axes) in enumerate(grid_of_axes):
-        colors = {"cmap": COLOR_MAP, "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
-        _show(image_axes, pixels[row])
-        image_axes.set_title(_title(explanation, row, class_names), fontsize=9)
-        drawn = map_axes.imshow(maps[row].numpy(), **colors)
-        map_axes.set_title(f"{what} (logits a patch)", fontsize=9)
-        _show(overlay_axes, pixels[row].mean(dim=0, keepdim=True) * 0.8 + 0.1)
-        # Weak values leave the picture visible, strong ones colour it.
-        opacity = (maps[row].abs() / limit).sqrt().clamp(0, 1) * 0.75
-        overlay_axes.imshow(maps[row].numpy(), alpha=opacity.numpy(), **colors)
-        overlay_axes.set_title("overlay", fontsize=9)
-        for axes in (image_axes, map_axes, overlay_axes):
-            axes.set_axis_off()
-    if drawn is not None:
-        figure.colorbar(drawn, ax=grid_of_axes[:, 2].tolist(), shrink=0.8)
-    return figure
 
 
 def true_colors(
@@ -114,4 +149,6 @@ def _title(explanation: Explanation, row: int, class_names: Sequence[str] | None
     name = class_names[target] if class_names is not None else f"class {target}"
     # A longer name would run over its neighbours.
     name = name if len(name) <= 28 else f"{name[:27]}…"
-    return f"{name}: logit {float(explanation.logits[row, target]):.2f}"
+    score = float(explanation.logits[row, target])
+    # Similarities are small numbers.
+    return f"{name}: {explanation.unit} {score:.{2 if explanation.unit == 'logit' else 3}f}"

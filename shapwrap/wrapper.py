@@ -239,7 +239,12 @@ class ShapleyWrapper(Facts, nn.Module):
 
     @torch.no_grad()
     def explain(
-        self, images: Tensor, target: int | Tensor | None = None, *, contrast: bool = False
+        self,
+        images: Tensor,
+        target: int | Tensor | None = None,
+        *,
+        contrast: bool = False,
+        all_classes: bool = False,
     ) -> Explanation:
         """Explanation of one class of each image, from one forward pass in eval mode.
 
@@ -249,6 +254,7 @@ class ShapleyWrapper(Facts, nn.Module):
             contrast: Take the mean over classes off the values. Logits are defined up to a
                 constant, so this is an equally efficient allocation of the centred logit, and
                 reads more clearly.
+            all_classes: Keep the values of the other classes too, `all_values` [B, N, K].
 
         Raises:
             ImageTypeError: Images that are not floating point.
@@ -264,6 +270,7 @@ class ShapleyWrapper(Facts, nn.Module):
                 logits = head.classifier(scores.mean(dim=1))
                 classes = check_target(target, logits)
                 values = game.target_values(head, scores, classes, contrast=contrast)
+                every = game.class_values(head, scores, contrast=contrast) if all_classes else None
         return Explanation(
             values=values,
             logits=logits,
@@ -275,6 +282,7 @@ class ShapleyWrapper(Facts, nn.Module):
             normalization=self.normalization,
             baseline=self.baseline,
             covered=self.covered(images),
+            all_values=every,
         )
 
     @torch.no_grad()

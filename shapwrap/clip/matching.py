@@ -23,22 +23,26 @@ class Pairs(NamedTuple):
     """Whether these are all images with all texts."""
 
 
-def matched_pairs(pairs: str, num_images: int, num_texts: int, device: torch.device) -> Pairs:
-    """Image i with text i, or with the only text; or every image with every text.
+def matched_pairs(pairs: str, embeddings: PatchEmbeddings, text_features: Embeddings) -> Pairs:
+    """Image i with text i, or with the only text; or with its best text; or with every text.
 
     Raises:
         ArgumentError: Not one text an image for matching pairs, or an unknown word.
     """
-    images = torch.arange(num_images, device=device)
-    texts = torch.arange(num_texts, device=device)
+    num_images, num_texts = len(embeddings), len(text_features)
+    images = torch.arange(num_images, device=embeddings.device)
+    texts = torch.arange(num_texts, device=embeddings.device)
+    if pairs == "best":
+        return Pairs(images, similarities(embeddings.sum(dim=1), text_features).argmax(dim=1))
     if pairs == "all":
         return Pairs(images.repeat_interleave(num_texts), texts.repeat(num_images), True)
     if pairs != "matching":
-        raise ArgumentError(f"pairs is {pairs!r}; expected 'matching' or 'all'.")
+        raise ArgumentError(f"pairs is {pairs!r}; expected 'matching', 'best' or 'all'.")
     if num_texts not in (1, num_images):
         raise ArgumentError(
             f"there are {num_images} images and {num_texts} texts; matching pairs take one text an "
-            "image, or one text for all. Use pairs='all' for every image with every text."
+            "image, or one text for all. Use pairs='best' for each image's best text, pairs='all' "
+            "for every image with every text."
         )
     return Pairs(images, texts.expand(num_images) if num_texts == 1 else texts, False)
 
@@ -52,6 +56,7 @@ def explain_pairs(
     names: Sequence[str] | None,
     *,
     contrast: bool,
+    all_classes: bool = False,
 ) -> Explanation:
     """One row a pair, its classes being the texts; no embedding is copied for a further text.
 
@@ -63,6 +68,7 @@ def explain_pairs(
         pairs: Which rows there are.
         names: The texts as strings, where known.
         contrast: Take the mean over texts off.
+        all_classes: Keep the values of all texts, [rows, N, T].
 
     Raises:
         ArgumentError: A contrast with one text.
@@ -75,6 +81,7 @@ def explain_pairs(
         values = torch.einsum("bnd,td->btn", embeddings, asked).flatten(0, 1)
     else:
         values = torch.einsum("bnd,bd->bn", embeddings, asked[pairs.texts])
+    every = torch.einsum("bnd,td->bnt", embeddings, asked)[pairs.images] if all_classes else None
     return Explanation(
         values=values,
         logits=similarities(embeddings.sum(dim=1), texts)[pairs.images],
@@ -85,6 +92,8 @@ def explain_pairs(
         class_names=names,
         normalization=tower.normalization,
         covered=tower.covered(images),
+        all_values=every,
+        unit="similarity",
     )
 
 

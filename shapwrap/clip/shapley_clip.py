@@ -234,18 +234,20 @@ class ShapleyCLIP(nn.Module):
         images: Tensor,
         texts: Texts,
         *,
-        pairs: Literal["matching", "all"] | str = "matching",
+        pairs: Literal["matching", "best", "all"] | str = "matching",
         contrast: bool = False,
+        all_classes: bool = False,
     ) -> Explanation:
         """Explanation of image-text pairs, from one forward pass of each tower in eval mode.
 
         Args:
             images: Float [B, C, H, W].
             texts: Strings, token ids [T, L], or embeddings [T, E].
-            pairs: "matching" explains image i with text i, one row a pair, or with the only text;
-                "all" every image with every text, B * T rows, those of the first image first.
+            pairs: "matching" explains image i with text i, or with the only text; "best" with its
+                best text; "all" every image with every text, B * T rows, the first image's first.
             contrast: Take the mean over texts off the values: what speaks for this text rather than
                 for the others. Needs several texts.
+            all_classes: Keep the values of all texts too, `all_values` [rows, N, T].
 
         Raises:
             ArgumentError: Not one text an image for matching pairs, an unknown `pairs`, a contrast
@@ -255,9 +257,12 @@ class ShapleyCLIP(nn.Module):
         with evaluation_mode(self.modules()):
             embeddings = self.tower.attribute(images)
             features = self.text_features(texts)
-        chosen = matched_pairs(pairs, len(images), len(features), images.device)
         return explain_pairs(
-            self.tower, images, embeddings, features, chosen, strings_of(texts), contrast=contrast
+            *(self.tower, images, embeddings, features),
+            matched_pairs(pairs, embeddings, features),
+            strings_of(texts),
+            contrast=contrast,
+            all_classes=all_classes,
         )
 
     @torch.no_grad()

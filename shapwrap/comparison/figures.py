@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shapwrap.comparison.results import MethodRow
 from shapwrap.errors import MissingDependencyError
+from shapwrap.plotting import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,9 +186,8 @@ def curve_figure(
 
 def save(figure: "Figure", path: Path) -> None:
     """`path`.pdf, with text and lines as vectors, and `path`.png."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("pdf", "png"):
-        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=200)
+        save_figure(figure, path.with_name(f"{path.name}.{suffix}"))
 
 
 def _colors(count: int) -> list[tuple[float, ...]]:

@@ -105,9 +105,15 @@ def _in_proportion(
 
 def patch_values(head: Head, features: PatchFeatures) -> PatchValues:
     """phi, [B, N, K] (Eq. 6)."""
-    scores = head.classifier(head.readout.patch_scores(head.readout.embed(features)))
+    return class_values(head, head.readout.patch_scores(head.readout.embed(features)))
+
+
+def class_values(head: Head, scores: PatchScores, *, contrast: bool = False) -> PatchValues:
+    """phi of all classes, [B, N, K]; with `contrast`, minus the mean over classes."""
+    gains = head.classifier(scores)
     baseline = baseline_of(head)
-    return (scores if baseline is None else scores - baseline) / features.shape[1]
+    gains = gains if baseline is None else gains - baseline
+    return (gains - gains.mean(dim=-1, keepdim=True) if contrast else gains) / scores.shape[1]
 
 
 def target_values(
