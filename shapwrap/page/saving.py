@@ -51,8 +51,8 @@ def save_explanation(
         return path
     if kind != ".html":
         raise ArgumentError(
-            f"path is {str(path)!r}, whose suffix is {path.suffix!r}; expected .html for a page, or "
-            f"{', '.join(FIGURES)} for a figure."
+            f"path is {str(path)!r}, whose suffix is {path.suffix!r}; expected .html for a page, "
+            f"or {', '.join(FIGURES)} for a figure."
         )
     statistics = Normalization(*map(tuple, normalization)) if normalization else None
     page = report_page(
