@@ -233,7 +233,8 @@ def test_colours_legend_and_scales(page, explanation):
     assert page.text(".legend-high").startswith("≥ +")
     opacity = "return getComputedStyle(arguments[0]).opacity"
     page.driver.execute_script(
-        "const s = document.getElementById('opacity'); s.value = 20; s.dispatchEvent(new Event('input'))"
+        "const slider = document.getElementById('opacity');"
+        "slider.value = 20; slider.dispatchEvent(new Event('input'))"
     )
     assert page.driver.execute_script(opacity, page.one(".stage canvas")) == "0.2"
 

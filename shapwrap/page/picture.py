@@ -24,7 +24,7 @@ def data_uri(pixels: Float[Tensor, "channels height width"]) -> str:
     if max(picture.size) > LONGEST_SIDE:
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     files: dict[str, bytes] = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         file = BytesIO()
         picture.save(file, kind, **options)
         files[kind] = file.getvalue()
