@@ -102,7 +102,8 @@ try:
 except ArgumentError as error:
     facts["taken"] = str(error)
 facts |= {"address": address, "sent": len(sent), "share": app.share_url}
-facts |= {"changed": sorted(k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k))}
+changed = [k for k in before.keys() | os.environ if before.get(k) != os.environ.get(k)]
+facts |= {"changed": sorted(changed)}
 app.close()
 print("FACTS" + json.dumps(facts))
 """

@@ -1,8 +1,10 @@
 """A local page that explains what is dropped on it."""
 
 import html
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,7 +148,11 @@ def build_app(
         return found.sentence, _frame(found.report), str(saved)
 
     Path(gradio.utils.get_upload_folder()).mkdir(parents=True, exist_ok=True)
-    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+    with _environment_kept():
+        blocks = gradio.Blocks(
+            title=title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+        )
+    with blocks as app:
         gradio.Markdown(f"# {html.escape(title)}")
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
@@ -203,6 +209,20 @@ def serve_app(app: "Blocks", *, port: int, block: bool = True) -> str:
     except OSError as error:
         raise ArgumentError(f"port {port} cannot be used ({error}); choose another.") from error
     return address
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """gradio says that telemetry is off in a variable that other libraries read too."""
+    name = "HF_HUB_DISABLE_TELEMETRY"
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def _frame(report: str) -> str:

@@ -9,7 +9,7 @@ const summary = () => {
   const parts = [
     `${grouped(report.images.length)} ${report.images.length === 1 ? "image" : "images"}`,
     `${rows} \u00d7 ${columns} patches`, classes,
-    report.method === "shapley" ? "Shapley values of patches" : `method: ${report.method}`,
+    report.method === "shapley" ? "the model's own patch values" : `method: ${report.method}`,
   ];
   if (report.contrast) parts.push("compared with the mean of all classes");
   if (report.audit && report.audit.skill !== null) parts.push(`skill of all images ${plain(report.audit.skill, 3)}`);
@@ -30,7 +30,7 @@ const reading = () => {
     paragraphs.push("The mean over classes was taken off every value: a red patch speaks for this class more than for the others.");
   }
   paragraphs.push(
-    "A value says how much the model's answer depends on a patch, alone and together with others. It does not say that the model is right, nor why the patch matters.",
+    "A value says what a patch contributes to the model's answer. It does not say that the answer is right, nor why the patch matters.",
     "Skill is 1 where the values predict exactly what the model says when patches are hidden, and 0 where they do so no better than spreading the answer evenly over all patches. The residual is the mean squared error of that prediction.",
   );
   return paragraphs.map((text) => element("p", {}, text));

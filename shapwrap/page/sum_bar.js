@@ -113,7 +113,7 @@ class SumBar {
     if (span.part in signs) svg.append(...this.patches(span, signs[span.part], x, stored.values));
     else svg.append(this.block(x(span.from), x(span.to), span.part));
     const result = span.part === "result";
-    const sized = result || span.from === 0 ? plain : signed;
+    const sized = result || !follows ? plain : signed;
     const number = span.value === 0 ? "0" : sized(span.value, decimals);
     return element(
       "tr", { class: span.part }, element("th", { scope: "row" }, span.name),

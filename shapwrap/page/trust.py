@@ -33,8 +33,8 @@ def trust_of(audit: Audit | None, row: int, method: str) -> Trust:
     if audit is None:
         return Trust(
             "unmeasured",
-            "Not measured: nobody has checked on this image how well the patch values predict what "
-            f"the model says when patches are hidden. {ADDING_UP}"
+            "Nobody has checked on this image how well the patch values predict what the model "
+            f"says when patches are hidden. {ADDING_UP}"
             + (" wrapped.audit(images) measures it." if method == "shapley" else ""),
         )
     skill = float(audit.skill[row])
