@@ -213,7 +213,7 @@ def serve_app(app: "Blocks", *, port: int, block: bool = True) -> str:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """gradio says that telemetry is off in a variable that other libraries read too."""
+    """Undo what gradio does when told to be silent: it sets a variable that other libraries read."""
     name = "HF_HUB_DISABLE_TELEMETRY"
     before = os.environ.get(name)
     try:

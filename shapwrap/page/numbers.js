@@ -37,7 +37,7 @@ const signed = (x, decimals) => {
 const brief = (x) => {
   const size = Math.abs(x);
   if (size === 0) return "0";
-  const text = size >= 1e-3 && size < 1e4 ? String(Number(size.toPrecision(2))) : size.toExponential(1);
+  const text = size >= 1e-5 && size < 1e4 ? String(Number(size.toPrecision(2))) : size.toExponential(1);
   return (x < 0 ? "\u2212" : "") + text.replace("e-", "e\u2212").replace("e+", "e");
 };
 
