@@ -327,7 +327,7 @@ def test_errors_say_what_to_do():
         wrapped.explain(images, ["a dog", "a cat"])
     with pytest.raises(ArgumentError, match="2 images and 3 texts"):
         wrapped.explain(images, tokens(3))
-    with pytest.raises(ArgumentError, match="'matching' or 'all'"):
+    with pytest.raises(ArgumentError, match="'matching', 'best' or 'all'"):
         wrapped.explain(images, tokens(2), pairs="both")
     with pytest.raises(ArgumentError, match="one text"):
         wrapped.explain(images, tokens(1), contrast=True)

@@ -156,7 +156,7 @@ def figure_of_methods(
 def _targets(explanation: Explanation) -> list[str]:
     names = explanation.class_names
     classes = explanation.target.tolist()
-    return [names[k] if names is not None else f"class {k}" for k in classes]
+    return [str(names[k]) if names is not None else f"class {k}" for k in classes]
 
 
 def _coloured(share: Tensor, pale: Tensor) -> "NDArray[Any]":

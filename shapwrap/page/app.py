@@ -125,6 +125,7 @@ def build_app(
     """
     try:
         import gradio
+        from gradio.utils import get_upload_folder
     except ImportError as error:
         raise MissingDependencyError(
             "the page needs gradio; run: pip install 'shapwrap[serve]'"
@@ -142,12 +143,13 @@ def build_app(
         except ShapwrapError as error:
             raise gradio.Error(str(error), print_exception=False) from error
         # gradio deletes it with its own files of the session.
-        folder = Path(tempfile.mkdtemp(dir=gradio.utils.get_upload_folder()))
+        folder = Path(tempfile.mkdtemp(dir=uploads))
         saved = folder / "report.html"
         saved.write_text(found.report, encoding="utf-8")
         return found.sentence, _frame(found.report), str(saved)
 
-    Path(gradio.utils.get_upload_folder()).mkdir(parents=True, exist_ok=True)
+    uploads = Path(get_upload_folder())
+    uploads.mkdir(parents=True, exist_ok=True)
     with _environment_kept():
         blocks = gradio.Blocks(
             title=title, analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
@@ -188,10 +190,10 @@ def serve_app(app: "Blocks", *, port: int, block: bool = True) -> str:
     Raises:
         ArgumentError: The port is taken.
     """
-    import gradio
+    from gradio.themes import Base
 
     # The default theme asks a server for its fonts.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
+    theme = Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         _, address, _ = app.launch(
             server_name="127.0.0.1",
@@ -200,7 +202,7 @@ def serve_app(app: "Blocks", *, port: int, block: bool = True) -> str:
             inbrowser=False,
             quiet=True,
             prevent_thread_lock=not block,
-            theme=gradio.themes.Base(**fonts),
+            theme=theme,
             footer_links=[],
             ssr_mode=False,
             enable_monitoring=False,
@@ -213,7 +215,7 @@ def serve_app(app: "Blocks", *, port: int, block: bool = True) -> str:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Undo what gradio does when told to be silent: it sets a variable that other libraries read."""
+    """Where gradio is told to be silent, it sets a variable that other libraries read too."""
     name = "HF_HUB_DISABLE_TELEMETRY"
     before = os.environ.get(name)
     try:
