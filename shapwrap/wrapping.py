@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Coalitions, Grid, Images
+from shapwrap._types import Coalitions, Grid, Images, Pairing
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.densify import densify
 from shapwrap.backbones.stride_one import StrideChange
@@ -54,7 +54,7 @@ class Wrapping:
         return self._grid_of_size[size]
 
     def masked_means(
-        self, images: Images, coalitions: Coalitions, paired: bool
+        self, images: Images, coalitions: Coalitions, paired: Pairing
     ) -> Float[Tensor, "batch coalitions pooled"]:
         """What the readout pools over each coalition, all other patches hidden."""
         backbone, embed = self.backbone, self.head.readout.embed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap import audit as auditing
-from shapwrap._types import CoalitionValues, Grid, PatchValues
+from shapwrap._types import CoalitionValues, Grid, Pairing, PatchValues
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.image_text import has_scale, reads_texts
 from shapwrap.clip.matching import MatchedModel, explain_pairs, matched_pairs
@@ -137,7 +137,7 @@ class ShapleyCLIP(nn.Module):
         text: Texts | None = None,
         coalitions: Tensor | None = None,
         *,
-        paired: bool | None = None,
+        paired: Pairing | str | None = None,
     ) -> Any:
         """What open_clip's CLIP returns; with coalitions a `ContrastiveOutput` of both branches.
 
