@@ -95,7 +95,8 @@ def test_a_patch_without_pixels_is_not_lost():
 
 
 def _explanation(values, grid, size, covered=None):
-    return Explanation(values, values[:, :1], torch.zeros(2), grid, size, covered=covered)
+    target = torch.zeros(len(values), dtype=torch.int64)
+    return Explanation(values, values[:, :1], target, grid, size, covered=covered)
 
 
 # --- attributions ---------------------------------------------------------------------------
