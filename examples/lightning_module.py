@@ -82,7 +82,6 @@ class SelfExplainingClassifier(lightning.LightningModule):
 
 
 # %% Both, on the same data in the same order
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 train_set, test_set = squares(256, seed=1), squares(64, seed=2)
 images, labels = test_set.tensors
 results = {}
@@ -91,7 +90,13 @@ for name, kind in (("plain", Classifier), ("shapley", SelfExplainingClassifier))
     loader = DataLoader(train_set, batch_size=32, shuffle=True, generator=order)
     module = kind(make_model())
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=12, enable_model_summary=False, **QUIET
+        accelerator="cpu",
+        devices=1,
+        max_epochs=8,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(module, loader)
     model = module.model

@@ -70,7 +70,7 @@ def train(model: nn.Module, loader: DataLoader, epochs: int) -> ShapleyWrapper:
 
 
 # %% Both, on the same data in the same order
-EPOCHS = 12
+EPOCHS = 8
 train_set, test_set = squares(256, seed=1), squares(64, seed=2)
 images, labels = test_set.tensors
 results = {}

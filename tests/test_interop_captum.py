@@ -173,7 +173,9 @@ def test_sizes_that_the_grid_does_not_divide():
 def test_targets_as_captum_takes_them(one):
     case = make("tokens")
     found = ShapleyAttribution(case.wrapped).attribute(case.images, target=one)
-    torch.testing.assert_close(found.sum((1, 2, 3)), case.wrapped.explain(case.images, 4).explained())
+    torch.testing.assert_close(
+        found.sum((1, 2, 3)), case.wrapped.explain(case.images, 4).explained()
+    )
     # captum itself reads the class of a method of its own in the same way.
     gradients = IntegratedGradients(case.wrapped)
     theirs = gradients.attribute(case.images, target=one, n_steps=1)
@@ -320,7 +322,8 @@ def test_bad_input():
             method.attribute(inputs, target=1)
     with pytest.raises(ArgumentError, match="additional_forward_args"):
         method.attribute(images, target=1, additional_forward_args=images)
-    for target in (5, -1, (1, 2), [1], [(1, 2), (0, 1)], torch.zeros(3).long(), 1.5, "cat", [1.0, 2]):
+    several = (5, -1, (1, 2), [1], [(1, 2), (0, 1)], torch.zeros(3).long(), torch.ones(2))
+    for target in (*several, True, 1.5, "cat", [1.0, 2], [1, "cat"], [None, 1], object()):
         with pytest.raises(TargetError, match="target"):
             method.attribute(images, target=target)
     with pytest.raises(ImageTypeError):

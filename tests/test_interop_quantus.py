@@ -4,12 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from shapwrap.errors import ArgumentError, BackboneTypeError, ImageError, ImageTypeError, TargetError
+from shapwrap.errors import (
+    ArgumentError,
+    BackboneTypeError,
+    ImageError,
+    ImageTypeError,
+    TargetError,
+)
 from shapwrap.interop.quantus import explain_func
 from tests.additive import CELL, GRID, additive, images_for
 from tests.backbones import make_case
 
-# OpenCV, which Quantus imports, needs a library of the system (libGL), so it may be there and broken.
+# OpenCV, which Quantus imports, needs a library of the system, libGL: it may be there and broken.
 quantus = pytest.importorskip("quantus", exc_type=ImportError)
 
 QUIET = {"disable_warnings": True, "display_progressbar": False}

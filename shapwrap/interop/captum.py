@@ -1,5 +1,6 @@
 """A wrapped model as a method of captum: for its metrics, its figures and its tunnels."""
 
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from shapwrap.wrapper import ShapleyWrapper
 
 try:
     from captum.attr import Attribution
-    from captum.log import log_usage
+    from captum.log import log_usage  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
     raise MissingDependencyError(
         "shapwrap.interop.captum needs captum; run: pip install 'shapwrap[explainers]'"
@@ -142,19 +143,18 @@ def _classes(target: Any) -> Any:
         return target.reshape(()) if target.numel() == 1 else target
     if isinstance(target, list):
         return [_index(item) for item in target]
-    return _index(target)
+    return None if target is None else _index(target)
 
 
-def _index(item: Any) -> Any:
-    """The class of a tuple of one index, captum's form for outputs of any rank."""
-    if not isinstance(item, tuple):
-        return item
-    if len(item) != 1:
+def _index(item: Any) -> int:
+    """The class that an index, or a tuple of one, captum's form for outputs of any rank, names."""
+    index = item[0] if isinstance(item, tuple) and len(item) == 1 else item
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise TargetError(
-            f"target has {item!r}; expected one class index: logits are [B, K]. For one class an "
-            "image use a list or a tensor."
+            f"target has {item!r}; expected a class index: logits are [B, K]. For one class an "
+            "image use a list or an int64 tensor."
         )
-    return item[0]
+    return operator.index(index)
 
 
 def _delta(attributions: Tensor, explanation: Explanation) -> Tensor:

@@ -59,7 +59,7 @@ def interaction_values(explanation: Explanation) -> list[InteractionValues]:
 class ShapiqGame(Game):
     """A game of a wrapped model as a `shapiq.Game`, which can be computed, stored and loaded.
 
-    shapiq's approximators also play `wrapped.game(image)` itself; what asks for a `Game` needs this.
+    shapiq's approximators play `wrapped.game(image)` itself; what asks for a `Game` needs this.
 
     Args:
         game: `wrapped.game(image, target)`, or one of a `ShapleyCLIP`.
