@@ -235,6 +235,24 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(randomness, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("bias", [None, -2.0])
+def test_texts_are_classes_of_an_image_text_model(bias):
+    pytest.importorskip("open_clip")
+    from shapwrap import ShapleyCLIP
+    from tests.clip_models import clip_model, images_of, tokens
+
+    clip = ShapleyCLIP(clip_model(bias=bias))
+    images, texts = images_of(clip), tokens(3)
+    with pytest.raises(BackboneTypeError, match=r"clip\.classifier\(texts\)"):
+        ShapleyAttribution(clip)
+    method = ShapleyAttribution(clip.classifier(texts))
+    found, delta = method.attribute(images, target=[2, 0], return_convergence_delta=True)
+    logits, _ = clip.get_logits(images, texts)
+    expected = torch.stack([logits[0, 2], logits[1, 0]]).detach()
+    torch.testing.assert_close(found.sum((1, 2, 3)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(delta, torch.zeros(2), atol=1e-4, rtol=0)
+
+
 # --- captum's own tools ---------------------------------------------------------------------
 
 

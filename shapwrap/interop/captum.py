@@ -1,6 +1,6 @@
 """A wrapped model as a method of captum: for its metrics, its figures and its tunnels."""
 
-import operator
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -149,12 +149,12 @@ def _classes(target: Any) -> Any:
 def _index(item: Any) -> int:
     """The class that an index, or a tuple of one, captum's form for outputs of any rank, names."""
     index = item[0] if isinstance(item, tuple) and len(item) == 1 else item
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
+    if isinstance(index, bool) or not isinstance(index, Integral):
         raise TargetError(
             f"target has {item!r}; expected a class index: logits are [B, K]. For one class an "
             "image use a list or an int64 tensor."
         )
-    return operator.index(index)
+    return int(index)
 
 
 def _delta(attributions: Tensor, explanation: Explanation) -> Tensor:
