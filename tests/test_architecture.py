@@ -29,6 +29,7 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["clip"],
+    ["interop"],
     ["training"],
     ["explainers"],
     ["metrics"],
@@ -41,7 +42,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # A third-party library is imported only where it is dealt with.
 CONFINED = {
     "accelerate": ["training"],
-    "captum": ["explainers"],
+    "captum": ["explainers", "interop"],
+    "shapiq": ["interop", "explanation"],
     "torchmetrics": ["metrics"],
     "h5py": ["data"],
     "yaml": ["comparison"],
@@ -60,11 +62,14 @@ CONFINED = {
     "peft": ["training"],
     "datasets": ["data"],
     "pebble": ["zoo"],
-    # Of an example only.
+    # Needed by no code here: of a metric's caller, and of examples only.
+    "quantus": [],
+    "lightning": [],
     "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
+OPTIONAL += ["quantus", "lightning"]
 
 
 def _group(path):
