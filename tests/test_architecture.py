@@ -29,6 +29,7 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["clip"],
+    ["export"],
     ["training"],
     ["explainers"],
     ["metrics"],
@@ -60,11 +61,15 @@ CONFINED = {
     "peft": ["training"],
     "datasets": ["data"],
     "pebble": ["zoo"],
+    "onnx": [],
+    "onnxscript": [],
+    "onnxruntime": ["export"],
     # Of an example only.
     "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
+OPTIONAL += ["onnx", "onnxscript", "onnxruntime"]
 
 
 def _group(path):
