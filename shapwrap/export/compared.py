@@ -1,6 +1,6 @@
 """Exported outputs against those of the wrapped model itself, run eagerly by its public methods."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,14 +59,9 @@ def compare(run: Run, module: Exportable, batches: Iterable[Tensor], tolerance: 
     sizes = []
     for images in batches:
         found_logits, found_values = run(images)
+        _check_shape(found_logits, (len(images), module.num_classes))
         expected_logits, expected_values = eager(module, images, found_logits.argmax(dim=1))
-        for found, expected in ((found_logits, expected_logits), (found_values, expected_values)):
-            if found.shape != expected.shape:
-                raise ExportError(
-                    f"for {len(images)} images the exported model returns shape "
-                    f"{tuple(found.shape)}; the wrapped one {tuple(expected.shape)}. Export with "
-                    "the batch that will come and dynamic_batch=False."
-                )
+        _check_shape(found_values, expected_values.shape)
         size = max(float(expected_logits.abs().max()), float(module.baseline.abs().max()), TINY)
         share = max(size / expected_values.shape[1], float(expected_values.abs().max()))
         logits.append(_largest(found_logits, expected_logits))
@@ -111,6 +106,15 @@ def eager(module: Exportable, images: Tensor, target: Tensor) -> tuple[Tensor, T
     if module.values == "predicted":
         values = values[torch.arange(len(images), device=images.device), :, target]
     return logits, values
+
+
+def _check_shape(found: Tensor, expected: Sequence[int]) -> None:
+    if found.shape != tuple(expected):
+        raise ExportError(
+            f"for {expected[0]} images the exported model returns shape {tuple(found.shape)}; the "
+            f"wrapped one {tuple(expected)}. Export with the batch that will come and "
+            "dynamic_batch=False."
+        )
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:

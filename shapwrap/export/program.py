@@ -104,8 +104,8 @@ def check_example(module: Exportable, images: Tensor) -> None:
     low, high = float(images.min()), float(images.max())
     if module.pixels and (low < 0 or high > 1):
         raise ImageError(
-            f"pixels=True came with images from {low:.3g} to {high:.3g}; expected pixels in [0, 1], "
-            "which the exported graph normalises itself."
+            f"pixels=True came with images from {low:.3g} to {high:.3g}; expected pixels in "
+            "[0, 1], which the exported graph normalises itself."
         )
 
 
