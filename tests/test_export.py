@@ -1,6 +1,7 @@
 """ONNX files and torch programs of (logits, values), against the wrapped model run eagerly."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -238,6 +239,19 @@ def test_a_program_is_saved_and_loaded(tmp_path):
             logits, values = loaded(batch)
             torch.testing.assert_close(logits, wrapped(batch))
             torch.testing.assert_close(values, wrapped.attribute(batch))
+
+
+def test_the_examples_of_the_docs_run(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, scope)
+    assert scope["heat_map"].shape == (1, *scope["wrapped"].grid)
+    with torch.no_grad():
+        expected = scope["wrapped"].attribute(scope["images"])
+    torch.testing.assert_close(scope["values"], expected, atol=1e-5, rtol=1e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------
