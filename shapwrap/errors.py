@@ -81,6 +81,10 @@ class DataWorkerError(TrainingError):
     """A process that loads data has died."""
 
 
+class ExportError(ShapwrapError, RuntimeError):
+    """A wrapped model cannot be exported, or its export does not compute the same numbers."""
+
+
 class ImageFileError(ShapwrapError, OSError):
     """A file cannot be read as an image."""
 

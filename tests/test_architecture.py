@@ -29,7 +29,7 @@ LAYERS = [
     ["plotting"],
     ["wrapper"],
     ["clip"],
-    ["interop"],
+    ["interop", "export"],
     ["training"],
     ["explainers"],
     ["metrics"],
@@ -62,7 +62,10 @@ CONFINED = {
     "peft": ["training"],
     "datasets": ["data"],
     "pebble": ["zoo"],
-    # Needed by no code here: of a metric's caller, and of examples only.
+    "onnxruntime": ["export"],
+    # Needed by no code here: torch's own export, a metric's caller, and examples only.
+    "onnx": [],
+    "onnxscript": [],
     "quantus": [],
     "lightning": [],
     "faiss": [],
@@ -70,6 +73,7 @@ CONFINED = {
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
 OPTIONAL += ["quantus", "lightning"]
+OPTIONAL += ["onnx", "onnxscript", "onnxruntime"]
 
 
 def _group(path):
