@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 from shapwrap.errors import TrainingError
 from shapwrap.training.random_stream import RandomStream, global_states, set_global_states
-from shapwrap.training.state_tree import pack, unpack
+from shapwrap.saving.state_tree import pack, unpack
 
 
 def through_files(state):

@@ -27,7 +27,7 @@ from shapwrap.training.checkpoint_folder import (
 from shapwrap.training.position import Position
 from shapwrap.training.processes import bytes_of_all, in_main_process
 from shapwrap.training.run_state import RunState
-from shapwrap.training.state_tree import pack, unpack
+from shapwrap.saving.state_tree import pack, unpack
 
 MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 """What JSON of another form leads to."""
