@@ -1,5 +1,7 @@
 """The mean feature of the patches that are present."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +27,9 @@ def present_means(
     return sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-def without_autocast(images: Tensor) -> torch.autocast:
+def without_autocast(images: Tensor) -> AbstractContextManager[object]:
     """Pooling, head and differences stay out of autocast: they are differences of large sums."""
+    if images.is_meta:
+        # Where there are no values there is no autocast to stay out of.
+        return nullcontext()
     return torch.autocast(device_type=images.device.type, enabled=False)

@@ -40,6 +40,7 @@ def describe(
         ArgumentError: Arguments that JSON cannot hold, or a class that cannot be imported.
     """
     given = dict(constructor or {})
+    encode(given)
     library = type(model).__module__.split(".")[0]
     found: Description | None = None
     if library == "timm":

@@ -83,7 +83,7 @@ def wrap_again(
         SavedModelError: It cannot be wrapped so, with what differs.
     """
     asked, facts = config.options, config.facts
-    _check_known(facts)
+    _check_known(asked, facts)
     common = {"grid": tuple(facts["grid"]), "image_size": tuple(facts["image_size"])}
     if config.kind == "ShapleyCLIP":
         names, cls, more = _CLIP_OPTIONS, ShapleyCLIP, {"tokenizer": tokenizer}
@@ -116,13 +116,14 @@ def wrap_again(
     )
 
 
-def _check_known(facts: Mapping[str, Any]) -> None:
+def _check_known(asked: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     for name, known in (("masking", get_args(Masking)), ("readout", get_args(ReadoutName))):
-        if facts.get(name) not in known:
-            raise SavedModelError(
-                f"the model was saved with {name} {facts.get(name)!r}, which this version does not "
-                f"know; expected one of {known}. Load it with the version that wrote it."
-            )
+        for said in (asked[name], facts.get(name)):
+            if said not in known and (said != "auto" or said is facts.get(name)):
+                raise SavedModelError(
+                    f"the model was saved with {name} {said!r}, which this version does not know; "
+                    f"expected one of {known}. Load it with the version that wrote it."
+                )
 
 
 def _part(name: str, said: Any, given: Any, trust: bool) -> Any:
