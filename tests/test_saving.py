@@ -163,7 +163,9 @@ def test_heads_and_features(tmp_path):
     def wrap(model, **options):
         return shifted(ShapleyWrapper(model.eval(), image_size=(64, 96), **options))
 
-    layers = nn.Sequential(nn.LayerNorm(64, eps=1e-3), nn.Dropout(0.3), nn.Linear(64, 3, bias=False))
+    layers = nn.Sequential(
+        nn.LayerNorm(64, eps=1e-3), nn.Dropout(0.3), nn.Linear(64, 3, bias=False)
+    )
     wrapped = wrap(timm.create_model("test_resnet"), head=nn.Linear(96, 4))
     wrapped.save_pretrained(tmp_path)
     assert_same(ShapleyWrapper.from_pretrained(tmp_path), wrapped)

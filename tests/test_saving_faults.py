@@ -90,7 +90,10 @@ def test_tensors_that_do_not_fit(folder):
     for other, words in (
         (fewer, f"{name} not in the file"),
         ({**tensors, "model.more": torch.zeros(2)}, "model.more unknown to the model"),
-        ({**tensors, name: torch.zeros(4, 96)}, r"is \(4, 96\) in the file, \(3, 96\) in the model"),
+        (
+            {**tensors, name: torch.zeros(4, 96)},
+            r"is \(4, 96\) in the file, \(3, 96\) in the model",
+        ),
         ({**tensors, "os.system": torch.zeros(2)}, "unknown to the model"),
     ):
         rewrite(folder, other)
@@ -193,7 +196,9 @@ def test_checkpoints_of_a_run(tmp_path):
     trainer = Trainer(wrapped, data, config=config)
     trainer.fit()
     for folder in (tmp_path, next(tmp_path.glob("step-*"))):
-        with pytest.raises(SavedModelError, match=r"resume=True.*trainer\.wrapped\.save_pretrained"):
+        with pytest.raises(
+            SavedModelError, match=r"resume=True.*trainer\.wrapped\.save_pretrained"
+        ):
             load(folder)
     # What the error says to do: beside the checkpoints, it is found.
     trainer.wrapped.save_pretrained(tmp_path)

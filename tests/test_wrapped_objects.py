@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from shapwrap import ShapleyCLIP, ShapleyWrapper, shapley_loss
+from shapwrap import ShapleyCLIP, ShapleyWrapper
 from tests.backbones import BUILDERS, make_case, random_coalitions
 from tests.clip_models import clip_model, coalitions_of, images_of, tokens
 from tests.two_processes import needs_distributed, run_in_two_processes
@@ -131,7 +131,7 @@ def run_alone(code, *arguments):
 
 def test_compiled():
     # In a process of its own: dynamo cannot trace the shape checks of the tests.
-    kinds = ["vit-average-norm-registers", "resnet", "whole-class-token", "traced-whole"]
+    kinds = ["own-nonlinear-head", "whole-class-token"]
     assert "compiled" in run_alone(COMPILED, "-", *kinds)
 
 
@@ -216,8 +216,8 @@ from tests.clip_models import clip_model, coalitions_of, images_of, tokens
 torch.set_num_threads(1)
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
-for kind in ("vit-average-norm-registers", "vit-average-class-token", "own-nonlinear-head",
-             "whole-class-token"):
+for kind in ("vit-average-class-token", "own-nonlinear-head", "whole-class-token"):
+    torch.manual_seed(0)
     case = make_case(kind)
     coalitions = random_coalitions(case, 4, seed=1, paired=True)
     alone = copy.deepcopy(case.wrapped)
@@ -230,7 +230,7 @@ for kind in ("vit-average-norm-registers", "vit-average-class-token", "own-nonli
         if ours.grad is not None:
             largest = theirs.grad.abs().max()
             assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * largest.clamp(min=1.0), kind
-split = DistributedDataParallel(ShapleyCLIP(clip_model()), find_unused_parameters=True)
+split = DistributedDataParallel(ShapleyCLIP(clip_model()))
 wrapped = split.module
 output = split(images_of(wrapped), tokens(2), coalitions_of(wrapped), paired=True)
 shapley_loss(output.for_texts()).backward()

@@ -71,7 +71,7 @@ def model_card(
             metric_value=value,
         )
         for metric, value in config.measured.items()
-        if dataset is not None and value is not None
+        if dataset is not None and value is not None and not metric.endswith("images")
     ]
     data = {
         "library_name": "shapwrap",
@@ -100,8 +100,8 @@ def _about(config: Config) -> str:
     lines = [
         f"{_name(config)}, wrapped by [shapwrap](https://pypi.org/project/shapwrap/) "
         f"{__version__}: its {whole} are sums of patch values. Trained with the Shapley loss, "
-        "these are the Shapley values of the patches; how far they are can be measured on any "
-        "images with `audit`.\n",
+        "these approach the Shapley values of the patches; how close they are, `audit` measures on "
+        "any images.\n",
         "| | |\n| --- | --- |",
         f"| Masking | {facts['masking']} |",
         f"| Readout | {facts['readout']} |",
@@ -126,11 +126,12 @@ def _use(config: Config, repo_id: str | None) -> str:
     else:
         use = "logits = wrapped(images)\nexplanation = wrapped.explain(images)"
     height, width = config.facts["image_size"]
+    told = " as the table says" if "mean" in config.data else ""
     return (
         "## Use\n\n```python\n"
         f"from shapwrap import {config.kind}\n\n"
         f'wrapped = {config.kind}.from_pretrained("{source}"{needs})\n'
-        f"# images: float [B, C, {height}, {width}], normalised as the table says\n"
+        f"# images: float [B, C, {height}, {width}], normalised{told}\n"
         f"{use}\nexplanation.plot(images)\n```\n"
     )
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,4 +128,4 @@ def _may_be_written(path: Path) -> bool:
 def _replace(path: Path, text: str) -> None:
     new = path.with_name(f"{path.name}.partial")
     new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    new.replace(path)

@@ -11,7 +11,6 @@ from shapwrap.saving.config import from_json
 from shapwrap.saving.files import CONFIG, read_config
 from shapwrap.saving.hub import HubOptions, folder_of
 from shapwrap.saving.load import Parts, load_folder
-from shapwrap.wrapper import ShapleyWrapper
 
 
 def from_pretrained(

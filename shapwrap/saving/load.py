@@ -166,7 +166,7 @@ def _not_there(folder: Path) -> str:
     if any(folder.glob("step-*/manifest.json")) or (folder / "manifest.json").is_file():
         return (
             f"{folder} holds checkpoints of a training run, which do not say how its model is "
-            "built. Go on from them with fit(resume=True) in the script that began it, and save "
-            "its model: trainer.wrapped.save_pretrained(folder)."
+            "built. Go on from them with fit(resume=True) in the script that began it (shapwrap "
+            "train --resume), and save its model: trainer.wrapped.save_pretrained(folder)."
         )
     return f"{folder} has no {CONFIG}; expected a folder that save_pretrained wrote."

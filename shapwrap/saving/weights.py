@@ -25,9 +25,7 @@ class Collected(NamedTuple):
     def named(self, names: Collection[str], *, without: bool = False) -> dict[str, Tensor]:
         """Those among `names` (or those that are not), under all their names."""
         every = {**{name: name for name in self.tensors}, **self.tied}
-        return {
-            name: self.tensors[one] for name, one in every.items() if (one in names) != without
-        }
+        return {name: self.tensors[one] for name, one in every.items() if (one in names) != without}
 
 
 def collect(wrapped: nn.Module) -> Collected:

@@ -42,12 +42,11 @@ def options_of(wrapped: ShapleyWrapper) -> dict[str, Any]:
     """
     request = wrapped._wrapping.request
     head: Any = None
-    own = {module: name for name, module in wrapped.model.named_modules()}
+    own: dict[Any, str] = {module: name for name, module in wrapped.model.named_modules()}
     if isinstance(request.head, str):
         head = {"name": request.head}
-    elif isinstance(request.head, nn.Module) and request.features is not None:
-        if request.head in own:
-            head = {"name": own[request.head]}
+    elif request.features is not None and request.head in own:
+        head = {"name": own[request.head]}
     if head is None and isinstance(request.head, nn.Module):
         head = describe_head(request.head)
     elif head is None and request.head is not None:
