@@ -175,14 +175,19 @@ def test_heads_and_features(tmp_path):
     loaded = ShapleyWrapper.from_pretrained(tmp_path)
     assert_same(loaded, wrapped)
     assert [str(a) for a in loaded.new_head] == [str(a) for a in deep]
-    model, size = build("own-nonlinear-head", (3, 4))
-    wrapped = shifted(ShapleyWrapper(model, image_size=size, features="3", head="8"))
+    model = OwnPooling("mean").eval()
+    wrapped = shifted(ShapleyWrapper(model, image_size=(12, 16), features="mix", head="fc"))
     wrapped.save_pretrained(tmp_path)
-    assert_same(ShapleyWrapper.from_pretrained(tmp_path), wrapped)
+    assert_same(ShapleyWrapper.from_pretrained(tmp_path, trust_remote_code=True), wrapped)
+    # The same layer by itself is the model's, too.
+    wrapped = ShapleyWrapper(model, image_size=(12, 16), features="mix", head=model.fc)
+    wrapped.save_pretrained(tmp_path)
+    assert_same(ShapleyWrapper.from_pretrained(tmp_path, trust_remote_code=True), wrapped)
+    model, size = build("own-nonlinear-head", (3, 4))
     function = model[:4].forward
     wrapped = ShapleyWrapper(model, image_size=size, features=function, head=model[6:].forward)
     wrapped.save_pretrained(tmp_path)
-    with pytest.raises(SavedModelError, match="features= the function .*Sequential.forward"):
+    with pytest.raises(SavedModelError, match=r"features= the function .*Sequential.forward"):
         ShapleyWrapper.from_pretrained(tmp_path)
     loaded = ShapleyWrapper.from_pretrained(
         tmp_path, model=model, features=function, head=model[6:].forward

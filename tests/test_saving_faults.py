@@ -253,9 +253,9 @@ def test_options_that_do_not_go_together(wrapped, tmp_path, saved):
         load(saved, model="test_resnet")
     with pytest.raises(SavedModelError, match="reads no texts"):
         load(saved, tokenizer=len)
-    with pytest.raises(BackboneTypeError, match="holds a ShapleyWrapper; expected a ShapleyCLIP"):
+    with pytest.raises(BackboneTypeError, match=r"holds a ShapleyWrapper; expected a ShapleyCLIP"):
         ShapleyCLIP.from_pretrained(saved)
-    with pytest.raises(SavedModelError, match="do not fit|not wrapped as it was saved"):
+    with pytest.raises(SavedModelError, match=r"do not fit|not wrapped as it was saved"):
         load(saved, model=timm.create_model("test_vit", num_classes=3))
 
 
@@ -276,7 +276,7 @@ def test_image_text_models(tmp_path):
     wrapped = ShapleyCLIP(clip_model())
     with pytest.raises(SavedModelError, match="rebuild=False"):
         wrapped.save_pretrained(tmp_path, architecture=known_to_open_clip(tmp_path))
-    with pytest.raises(ArgumentError, match="open_clip.list_models"):
+    with pytest.raises(ArgumentError, match=r"open_clip\.list_models"):
         wrapped.save_pretrained(tmp_path, architecture="no such model")
     wrapped = ShapleyCLIP(open_clip.create_model(known_to_open_clip(tmp_path)))
     folder = wrapped.save_pretrained(tmp_path / "saved")

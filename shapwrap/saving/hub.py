@@ -57,7 +57,7 @@ def folder_of(source: str | PathLike[str], options: HubOptions) -> Path:
                     name,
                     revision=options.revision,
                     token=options.token,
-                    cache_dir=options.cache_dir,
+                    cache_dir=None if options.cache_dir is None else Path(options.cache_dir),
                     force_download=options.force_download,
                     local_files_only=options.local_files_only,
                     library_name="shapwrap",
