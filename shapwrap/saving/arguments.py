@@ -19,6 +19,7 @@ def find_arguments(
     given: Mapping[str, Any],
     *,
     further: bool = False,
+    alike: bool = False,
 ) -> Arguments:
     """Arguments with which `build` makes the structure of `model`.
 
@@ -30,6 +31,8 @@ def find_arguments(
         model: Built already.
         given: Arguments that are known.
         further: `build` takes more arguments than the class of the model names.
+        alike: Give up at once if other tensors exist without any argument, where many builders
+            are tried.
 
     Raises:
         SavedModelError: None were found; with what differs.
@@ -38,6 +41,8 @@ def find_arguments(
     wrong = _differences(build, chosen, target)
     if not wrong:
         return chosen
+    if alike and any(_other_tensors(difference) for difference in wrong):
+        raise not_rebuilt(model, chosen, wrong)
     usual = _told_without(build, given, further)
     remaining = {
         name: value
@@ -85,6 +90,13 @@ def not_rebuilt(
         f"{'; '.join(wrong[:3])}{f' ({len(wrong)} differences in all)' if len(wrong) > 3 else ''}. "
         "Pass the arguments that it was built with, constructor={...}; or rebuild=False, and "
         "model= (built as you built this one) to from_pretrained."
+    )
+
+
+def _other_tensors(difference: str) -> bool:
+    absent = " is absent, " in difference or difference.endswith("it is absent")
+    return difference.startswith("its constructor") or (
+        absent and difference.startswith("shape of ")
     )
 
 
@@ -136,7 +148,8 @@ def _of_parts(model: nn.Module) -> Arguments:
         if isinstance(pooling, str):
             found["global_pool"] = pooling
         if type(part).__name__ == "DropPath":
-            rate = float(getattr(part, "drop_prob", 0.0) or 0.0)
+            # Spread over the blocks in float32.
+            rate = round(float(getattr(part, "drop_prob", 0.0) or 0.0), 7)
             found["drop_path_rate"] = max(rate, found.get("drop_path_rate", 0.0))
     first = next((part for part in model.modules() if isinstance(part, nn.Conv2d)), None)
     if first is not None:

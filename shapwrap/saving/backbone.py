@@ -1,5 +1,6 @@
 """A backbone as JSON: its library, architecture and constructor arguments, proved to rebuild it."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,7 +96,9 @@ def build(
             "another version; pass model= to build it yourself."
         )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Libraries warn about their own defaults.
+            warnings.simplefilter("ignore")
             if library == "layers":
                 return build_head(description, trust=trust)
             if library == "class":

@@ -42,12 +42,13 @@ def describe(
         return _description(part, architecture, arguments, model)
     if "vision_cfg" in given:
         return _description(part, None, _arguments(part, dict(given), model), model)
-    for name in open_clip.list_models():
-        configuration = open_clip.get_model_config(name)
-        if not _may_fit(configuration, model):
+    found = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    # A tower is named after a model of open_clip's own, where there is one.
+    for name in sorted(found, key=lambda name: "hf_model_name" in found[name]["text_cfg"]):
+        if not _may_fit(found[name], model):
             continue
         try:
-            arguments = _arguments(part, {**configuration, **given}, model)
+            arguments = _arguments(part, {**found[name], **given}, model, alike=True)
         except SavedModelError:
             continue
         return _description(part, name, arguments, model)
@@ -139,7 +140,9 @@ def _constructor(part: object) -> Any:
     return getattr(open_clip, str(part))
 
 
-def _arguments(part: str, configuration: Arguments, model: nn.Module) -> Arguments:
+def _arguments(
+    part: str, configuration: Arguments, model: nn.Module, *, alike: bool = False
+) -> Arguments:
     configuration = copy.deepcopy(configuration)
     for name in _NO_CONFIGURATION:
         configuration.pop(name, None)
@@ -152,7 +155,7 @@ def _arguments(part: str, configuration: Arguments, model: nn.Module) -> Argumen
             f"the text tower of {type(model).__name__} is a model of transformers, which cannot be "
             "rebuilt without the hub; pass rebuild=False, and model= to from_pretrained."
         )
-    return find_arguments(_constructor(part), model, configuration)
+    return find_arguments(_constructor(part), model, configuration, alike=alike)
 
 
 def _description(

@@ -1,6 +1,7 @@
 """What a model is made of, apart from the numbers in its weights: to tell two models apart."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,9 @@ def without_data(build: Callable[[], nn.Module]) -> nn.Module:
 
     The global random state is left alone.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Libraries warn about their own defaults.
+        warnings.simplefilter("ignore")
         try:
             with torch.device("meta"):
                 return build()

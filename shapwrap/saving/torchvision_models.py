@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torchvision
@@ -32,12 +33,15 @@ def describe(
             )
         arguments = find_arguments(_builder(architecture), model, given)
         return {"library": "torchvision", "architecture": architecture, "arguments": arguments}
-    for name in names:
-        builder = torchvision.models.get_model_builder(name)
-        if builder.__module__ != type(model).__module__:
-            continue
+    here = [
+        name
+        for name in names
+        if torchvision.models.get_model_builder(name).__module__ == type(model).__module__
+    ]
+    # Few arguments make other tensors; those that do are tried last.
+    for alike, name in product((True, False), here):
         try:
-            arguments = find_arguments(_builder(name), model, given)
+            arguments = find_arguments(_builder(name), model, given, alike=alike)
         except SavedModelError:
             continue
         return {"library": "torchvision", "architecture": name, "arguments": arguments}
