@@ -91,3 +91,7 @@ class ImageFileError(ShapwrapError, OSError):
 
 class ConfigurationError(ShapwrapError, ValueError):
     """A configuration file says something that cannot be meant."""
+
+
+class SavedModelError(ShapwrapError, ValueError):
+    """A model cannot be saved so, or a saved one not be loaded: damaged, changed, unknown."""

@@ -27,13 +27,14 @@ from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.report import Report, count_parameters, report_on
+from shapwrap.sharing import Sharing
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapping import unused_parameters, wrap
 
 
-class ShapleyWrapper(Facts, nn.Module):
+class ShapleyWrapper(Facts, Sharing, nn.Module):
     """A drop-in replacement of a model whose logits are sums of patch values.
 
     For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],

@@ -32,6 +32,8 @@ class Wrapping:
     registers_dropped: bool = False
     stride_changes: list[StrideChange] = field(default_factory=list)
     why_not_removal: str = ""
+    request: Request = field(default_factory=Request)
+    """What was asked for, which says more than what came of it: a saved model is wrapped anew."""
 
     def __post_init__(self) -> None:
         """The grid at the size of the probes is known."""
@@ -100,6 +102,7 @@ def wrap(
             registers_dropped=choice.reads_patches and drops_prefix,
             stride_changes=changes,
             why_not_removal=choice.why_not_removal,
+            request=request,
         )
     for made in (choice.new_head, head.patch_layer):
         if made is not None:

@@ -22,8 +22,7 @@ def explain_images(
     Raises:
         ArgumentError: No such run, image or class.
     """
-    settings, wrapped = load_run(checkpoint)
-    normalization = settings.normalization(wrapped)
+    normalization, wrapped = load_run(checkpoint)
     transform = image_transform(wrapped.image_size, normalization, augment=False)
     index = None if target is None else _class_index(target, wrapped.class_names)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,12 +20,13 @@ from shapwrap.explanation import Explanation
 from shapwrap.images import check_finite
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
+from shapwrap.sharing import Sharing
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapper import ShapleyWrapper
 
 
-class ShapleyCLIP(nn.Module):
+class ShapleyCLIP(Sharing, nn.Module):
     """A drop-in replacement of an image-text model whose similarities are sums over patches.
 
     Each patch has an embedding e_p, by the image tower's own final norm and projection. For a text

@@ -30,6 +30,6 @@ def present_means(
 def without_autocast(images: Tensor) -> AbstractContextManager[object]:
     """Pooling, head and differences stay out of autocast: they are differences of large sums."""
     device = images.device.type
-    # A traced graph would keep a switch that switches nothing.
-    on = torch.is_autocast_enabled(device)
+    # A traced graph would keep a switch that switches nothing; the meta device has none.
+    on = not images.is_meta and torch.is_autocast_enabled(device)
     return torch.autocast(device_type=device, enabled=False) if on else nullcontext()
