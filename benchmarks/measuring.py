@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from shapwrap import ShapleyWrapper, __version__, sample_coalitions, shapley_loss
+from shapwrap._types import Pairing
 from shapwrap.masking.batch_norm import batch_norms
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
@@ -148,7 +149,8 @@ class Step:
     Args:
         model: A plain model, or a wrapped one.
         images: The batch.
-        coalitions: An image, in complement pairs where even; 0 for the plain fine-tune step.
+        coalitions: An image, in complement pairs, of one image where even and of two where odd; 0
+            for the plain fine-tune step.
         compiled: Forward pass and loss under `torch.compile`, refusing graph breaks.
         precision: Of autocast; None for none.
     """
@@ -168,6 +170,7 @@ class Step:
         self.images = images
         self.labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
         self.coalitions = coalitions
+        self._paired: Pairing = "across" if coalitions % 2 else True
         self.precision = precision
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         self._generator = torch.Generator().manual_seed(0)
@@ -182,7 +185,7 @@ class Step:
                 len(self.images),
                 self.model.num_patches,
                 self.coalitions,
-                paired=self.coalitions % 2 == 0,
+                paired=self._paired,
                 generator=self._generator,
             )
             drawn = [coalitions.to(self.images.device, non_blocking=True)]
@@ -206,7 +209,7 @@ class Step:
 
     def _shapley_loss(self, coalitions: Tensor) -> Tensor:
         with self._autocast():
-            output = self.model(self.images, coalitions, paired=self.coalitions % 2 == 0)
+            output = self.model(self.images, coalitions, paired=self._paired)
         return cross_entropy(output.logits, self.labels) + shapley_loss(output)
 
 

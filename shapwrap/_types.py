@@ -1,5 +1,7 @@
 """Tensor shapes, named once. They are checked when the tests run and cost nothing elsewhere."""
 
+from typing import Literal
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -35,6 +37,13 @@ PatchValues = Float[Tensor, "batch patches classes"]
 
 CoalitionValues = Float[Tensor, "batch coalitions classes"]
 """Class scores of each coalition, in logits."""
+
+Pairing = bool | Literal["across"]
+"""How coalitions are complements of each other, so that a token model runs two in one pass.
+
+True: of one image, coalition 2i + 1 is the complement of coalition 2i. "across": coalition j of
+image 2i + 1 is the complement of coalition j of image 2i; an image that is left over stands alone.
+"""
 
 Grid = tuple[int, int]
 """Rows and columns of patches."""

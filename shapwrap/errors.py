@@ -81,9 +81,17 @@ class DataWorkerError(TrainingError):
     """A process that loads data has died."""
 
 
+class ExportError(ShapwrapError, RuntimeError):
+    """A wrapped model cannot be exported, or its export does not compute the same numbers."""
+
+
 class ImageFileError(ShapwrapError, OSError):
     """A file cannot be read as an image."""
 
 
 class ConfigurationError(ShapwrapError, ValueError):
     """A configuration file says something that cannot be meant."""
+
+
+class SavedModelError(ShapwrapError, ValueError):
+    """A model cannot be saved so, or a saved one not be loaded: damaged, changed, unknown."""

@@ -18,6 +18,7 @@ from shapwrap.masking.pixels import fitted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from shapiq import InteractionValues
 
     from shapwrap.audit import Audit
 
@@ -190,6 +191,17 @@ class Explanation:
             title=title,
             width=width,
         )
+
+    def to_shapiq(self) -> "list[InteractionValues]":
+        """One `shapiq.InteractionValues` an image: Shapley values of its patches, and the baseline.
+
+        Raises:
+            ArgumentError: An explanation by another method than that of a wrapped model.
+            MissingDependencyError: shapiq is not installed.
+        """
+        from shapwrap.interop.shapiq import interaction_values
+
+        return interaction_values(self)
 
 
 def check_target(target: object, logits: Logits) -> Int[Tensor, " batch"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap import audit as auditing
-from shapwrap._types import CoalitionValues, Grid, Logits, PatchFeatures, PatchValues
+from shapwrap._types import CoalitionValues, Grid, Logits, Pairing, PatchFeatures, PatchValues
 from shapwrap.arguments import check_arguments
 from shapwrap.backbones.image_text import reads_texts
 from shapwrap.backbones.stride_one import restore
@@ -27,13 +27,14 @@ from shapwrap.images import check_finite, check_images
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import without_autocast
 from shapwrap.report import Report, count_parameters, report_on
+from shapwrap.sharing import Sharing
 from shapwrap.values import game
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapping import unused_parameters, wrap
 
 
-class ShapleyWrapper(Facts, nn.Module):
+class ShapleyWrapper(Facts, Sharing, nn.Module):
     """A drop-in replacement of a model whose logits are sums of patch values.
 
     For an image x of N patches and K classes the wrapped model has patch values phi(x), [N, K],
@@ -143,7 +144,11 @@ class ShapleyWrapper(Facts, nn.Module):
     # --- the model, as a function -------------------------------------------------------------
 
     def forward(
-        self, images: Tensor, coalitions: Tensor | None = None, *, paired: bool | None = None
+        self,
+        images: Tensor,
+        coalitions: Tensor | None = None,
+        *,
+        paired: Pairing | str | None = None,
     ) -> Logits | ShapleyOutput:
         """Logits [B, K]; with coalitions a `ShapleyOutput` of both branches, for `shapley_loss`.
 
@@ -154,14 +159,17 @@ class ShapleyWrapper(Facts, nn.Module):
             images: Float [B, C, H, W], normalised as the model was trained.
             coalitions: Bool [B, S, N], True where a patch is present.
             paired: Whether coalition 2i + 1 is the complement of 2i, which halves the work of a
-                token model. None looks; on a CUDA tensor that waits for the device once, and under
-                torch.compile it cannot look and takes them one by one. True is checked on the CPU.
+                token model; "across": whether those of image 2i + 1 are the complements of those
+                of image 2i, which does too. None looks; on a CUDA tensor that waits for the device
+                once, and under torch.compile it cannot look and takes them one by one. What is
+                said is checked on the CPU.
 
         Raises:
             ImageTypeError: Images that are not floating point.
             ImageError: A shape, channel number, device or size that the model refuses.
             CoalitionTypeError: Coalitions that are not boolean.
-            CoalitionError: Coalitions of another shape, or an odd number with `paired`.
+            CoalitionError: Coalitions of another shape, or that are not paired as said.
+            ArgumentError: An unknown pairing.
         """
         self._check(images)
         features = self._features(images)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from shapwrap._types import Coalitions, Grid, Images
+from shapwrap._types import Coalitions, Grid, Images, Pairing
 from shapwrap.backbones.base import Backbone
 from shapwrap.backbones.densify import densify
 from shapwrap.backbones.stride_one import StrideChange
@@ -32,6 +32,8 @@ class Wrapping:
     registers_dropped: bool = False
     stride_changes: list[StrideChange] = field(default_factory=list)
     why_not_removal: str = ""
+    request: Request = field(default_factory=Request)
+    """What was asked for, which says more than what came of it: a saved model is wrapped anew."""
 
     def __post_init__(self) -> None:
         """The grid at the size of the probes is known."""
@@ -54,7 +56,7 @@ class Wrapping:
         return self._grid_of_size[size]
 
     def masked_means(
-        self, images: Images, coalitions: Coalitions, paired: bool
+        self, images: Images, coalitions: Coalitions, paired: Pairing
     ) -> Float[Tensor, "batch coalitions pooled"]:
         """What the readout pools over each coalition, all other patches hidden."""
         backbone, embed = self.backbone, self.head.readout.embed
@@ -100,6 +102,7 @@ def wrap(
             registers_dropped=choice.reads_patches and drops_prefix,
             stride_changes=changes,
             why_not_removal=choice.why_not_removal,
+            request=request,
         )
     for made in (choice.new_head, head.patch_layer):
         if made is not None:

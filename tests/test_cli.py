@@ -48,7 +48,13 @@ def test_train_resume_and_explain(tmp_path):
     options += ("--batch-size", "4", "--learning-rate", "0.001")
     assert "accuracy" in _fine("train", *options, "--epochs", "2")
     names = {path.name for path in out.iterdir()}
-    assert {"shapwrap.json", "model.safetensors", "history.jsonl"} <= names
+    assert {
+        "shapwrap.json",
+        "model.safetensors",
+        "history.jsonl",
+        "config.json",
+        "README.md",
+    } <= names
     AcceleratorState._reset_state(reset_partial_state=True)
     records = (out / "history.jsonl").read_text().splitlines()
     _fine("train", *options, "--epochs", "2", "--resume")
@@ -92,7 +98,7 @@ def test_train_resume_and_explain(tmp_path):
     for arguments, words in (
         ((*weights, tmp_path / "nothing.pth"), "is no file"),
         ((*weights, picture, "--pretrained"), "both given"),
-        (("explain", "--checkpoint", tmp_path, picture), "no shapwrap.json"),
+        (("explain", "--checkpoint", tmp_path, picture), "has no config.json"),
         (("explain", "--checkpoint", out, out / "history.jsonl"), "cannot be read as an image"),
         (("explain", "--checkpoint", out, picture, "--target", "cow"), "classes: cat, dog"),
     ):

@@ -77,6 +77,26 @@ def test_pairs_are_complements_and_draws_repeat(batch, num_patches, pairs, seed)
     assert torch.equal(coalitions, again)
 
 
+@given(st.integers(1, 6), st.integers(2, 40), st.integers(1, 3), st.integers(0, 999))
+def test_complements_across_images(batch, num_patches, num, seed):
+    coalitions = sample_coalitions(
+        batch, num_patches, num, paired="across", generator=_generator(seed)
+    )
+    assert coalitions.shape == (batch, num, num_patches)
+    for image in range(1, batch, 2):
+        assert torch.equal(coalitions[image], ~coalitions[image - 1])
+    sizes = coalitions.sum(2)
+    assert sizes.min() > 0 and sizes.max() < num_patches
+
+
+@pytest.mark.parametrize("image", [0, 1, 2])
+def test_each_image_has_draws_of_its_own_across(image):
+    """The complement of a draw from the kernel is a draw from the kernel."""
+    coalitions = sample_coalitions(3, 9, 20_000, paired="across", generator=_generator())
+    counts = torch.bincount(coalitions[image].sum(1), minlength=10)[1:-1].double()
+    assert chisquare(counts, size_probabilities(9)[1:-1] * 20_000).pvalue > 1e-3
+
+
 def test_a_generator_leaves_the_global_state_alone():
     before = torch.get_rng_state()
     sample_coalitions(4, 9, generator=_generator())
@@ -88,6 +108,8 @@ def test_a_generator_leaves_the_global_state_alone():
 def test_refusals():
     with pytest.raises(CoalitionError, match="num is 3; paired"):
         sample_coalitions(2, 9, 3)
+    with pytest.raises(ArgumentError, match="paired is 'images'; expected True, False or 'across'"):
+        sample_coalitions(2, 9, paired="images")
     with pytest.raises(ArgumentError, match="at least 2 patches"):
         sample_coalitions(2, 1)
     with pytest.raises(ArgumentError, match="at least 1"):

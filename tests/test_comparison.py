@@ -14,10 +14,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typer.testing import CliRunner
 
 from shapwrap import ShapleyWrapper, metrics
+from shapwrap.backbones.base import Normalization
 from shapwrap.cli.app import app
 from shapwrap.comparison import Measured, Sample, compare
 from shapwrap.comparison.datasets import ComparisonData
@@ -377,10 +378,13 @@ def test_automatic_weight_holds_accuracy_on_images_that_are_not_trained_on(tmp_p
             return image, index % 2
 
     images = Counted()
+    data = ComparisonData(images, images, ["a", "b"])
+    still = Normalization((0.0,) * 3, (1.0,) * 3)
     records = train(
         ShapleyWrapper(tiny_vit(2, (48, 64))),
         [{"epochs": 1, "batch_size": 4, "shapley_weight": "auto", "log_every": 2}],
-        lambda size: DataLoader(images, size, shuffle=True),
+        lambda size: data.training_batches(still, size),
+        lambda size: data.training_and_control_batches(still, size),
         folder=tmp_path,
         seed=0,
         progress=False,

@@ -551,3 +551,37 @@ def test_with_the_real_metrics(tmp_path):
     assert rows["ViT", "random"].metrics["shapley_truth"].status == "not applicable"
     assert all(row.status == "finished" for row in done.rows)
     assert json.loads((tmp_path / "results.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(("trained", "controls"), [(4, 8), (11, 2), (None, 2)])
+def test_accuracy_is_held_on_images_that_are_neither_trained_on_nor_augmented(
+    tmp_path, trained, controls
+):
+    """Eight are left of twelve; one of twelve is too few, and every tenth is taken instead."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("val", 1)):
+        for name in ("cat", "dog"):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.rand(3, 32, 32, generator=generator)
+                Image.fromarray((pixels * 255).byte().permute(1, 2, 0).numpy()).save(
+                    place / f"{number}.png"
+                )
+    config = configuration.DataConfig(
+        "folder", str(tmp_path), image_size=(32, 32), train_images=trained
+    )
+    data = folder(config, 0)
+    still = UNTOUCHED
+    train, control = data.training_and_control_batches(still, 4)
+    held = torch.cat([images for images, _ in control])
+    assert len(held) == controls
+    if trained == 4:
+        assert len(train.dataset) == 4
+        again = torch.cat([images for images, _ in control])
+        assert torch.equal(held, again), "nothing is drawn"
+        used = set(data.train.indices)
+        assert used.isdisjoint(data.control.indices)
+        assert len({*used, *data.control.indices}) == 12
+    else:
+        assert len(train.dataset) == (trained or 12) - controls

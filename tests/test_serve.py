@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from shapwrap import ShapleyCLIP, ShapleyWrapper
 from shapwrap.cli import serve as command
 from shapwrap.cli.app import app as shapwrap_command
-from shapwrap.cli.run_folder import ModelSettings, build_model, save_run, wrap_model
+from shapwrap.cli.run_folder import ModelSettings, build_model, save_settings, wrap_model
 from shapwrap.data.folder import image_transform
 from shapwrap.errors import ArgumentError
 from shapwrap.page import app as page
@@ -36,7 +36,8 @@ def checkpoint(tmp_path_factory):
     with torch.no_grad():
         for parameter in wrapped.head_parameters():
             parameter.normal_()
-    save_run(folder, settings, wrapped)
+    save_settings(folder, settings)
+    wrapped.save_pretrained(folder)
     return folder
 
 
@@ -57,6 +58,12 @@ def test_an_image_is_explained(checkpoint):
     assert not any(module.training for module in wrapped.modules())
     with pytest.raises(ArgumentError, match="no picture"):
         explain(None)
+
+
+def test_a_saved_image_text_model_is_served(tmp_path):
+    ShapleyCLIP(clip_model(), tokenizer=tokenizer).save_pretrained(tmp_path / "clip")
+    explain = command.load_explainer(tmp_path / "clip")
+    assert explain.reads_texts
 
 
 def test_an_image_and_texts():

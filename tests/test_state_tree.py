@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load, save
 
 from shapwrap.errors import TrainingError
+from shapwrap.saving.state_tree import pack, unpack
 from shapwrap.training.random_stream import RandomStream, global_states, set_global_states
-from shapwrap.training.state_tree import pack, unpack
 
 
 def through_files(state):

@@ -38,7 +38,7 @@ def contributions(attention: Attention, part: Part, num_extra: int) -> PatchFeat
             among the patches of their part.
     """
     query, key, value = (tensor.to(compute_dtype(tensor)) for tensor in attention)
-    scores = torch.einsum("ihd,ihtd->iht", query.expand(len(key), -1, -1), key)
+    scores = torch.einsum("ihd,ihtd->iht", query.expand(key.shape[0], -1, -1), key)
     scores = scores * query.shape[-1] ** -0.5
     in_part = part[:, None]
     lowest = torch.finfo(scores.dtype).min

@@ -30,9 +30,9 @@ class MapPooling:
             weights = present.to(patches.dtype)[..., None]
             first = (patches * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
         else:
-            first = self.layer.cls_token[0].expand(len(patches), -1)
+            first = self.layer.cls_token[0].expand(patches.shape[0], -1)
         tokens = torch.cat((first[:, None], patches), dim=1)
-        part = torch.cat((present.new_ones(len(present), 1), present), dim=1)
+        part = torch.cat((present.new_ones(present.shape[0], 1), present), dim=1)
         return contributions(self._attention(tokens, grid), part, num_extra=1)
 
     def _attention(self, tokens: Tensor, grid: Grid) -> Attention:

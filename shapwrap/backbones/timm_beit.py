@@ -38,7 +38,7 @@ class TimmBeit(TimmPairBias):
         self._check_divisible(images)
         patches = model.patch_embed(images)
         grid = self._token_grid(images, patches.shape[1])
-        tokens = torch.cat((model.cls_token.expand(len(images), -1, -1), patches), dim=1)
+        tokens = torch.cat((model.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
         if model.pos_embed is not None:
             tokens = tokens + model.pos_embed
         tokens = model.pos_drop(tokens)

@@ -37,7 +37,7 @@ class TimmConvit(TimmTokens):
         patches = model.pos_drop(patches)
         prefix = patches[:, :0]
         if model.cls_token is not None:
-            prefix = model.cls_token.expand(len(images), -1, -1)
+            prefix = model.cls_token.expand(images.shape[0], -1, -1)
         positions = Places.of_whole_sequence(prefix.shape[1], patches.shape[1], patches.device)
         return TokenSequence(prefix, patches, positions, grid)
 

@@ -48,7 +48,7 @@ class TimmGemma(TimmVisionEncoder):
         """The pooler on grids of one square, and the encoder's standardisation."""
         side = squares.shape[1]
         places = torch.arange(side, device=squares.device)
-        places = torch.cartesian_prod(places, places).flip(-1).expand(len(squares), -1, -1)
+        places = torch.cartesian_prod(places, places).flip(-1).expand(squares.shape[0], -1, -1)
         pooled, _ = projector(squares.flatten(1, 2), places, None)
         if self.encoder.std_bias is None:
             return pooled

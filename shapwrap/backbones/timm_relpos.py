@@ -38,7 +38,7 @@ class TimmRelPos(TimmPairBias):
         grid = self._token_grid(images, patches.shape[1])
         prefix = patches[:, :0]
         if model.cls_token is not None:
-            prefix = model.cls_token.expand(len(images), -1, -1)
+            prefix = model.cls_token.expand(images.shape[0], -1, -1)
         positions = Places.of_whole_sequence(prefix.shape[1], patches.shape[1], patches.device)
         return TokenSequence(prefix, patches, positions, grid)
 

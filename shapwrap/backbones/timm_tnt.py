@@ -35,10 +35,10 @@ class TimmTnt(TimmTokens):
         model: Any = self.trunk
         self._check_divisible(images)
         pixels = rearrange(
-            model.pixel_embed(images, model.pixel_pos), "(b n) p d -> b n (p d)", b=len(images)
+            model.pixel_embed(images, model.pixel_pos), "(b n) p d -> b n (p d)", b=images.shape[0]
         )
         patches = model.norm2_proj(model.proj(model.norm1_proj(pixels)))
-        tokens = torch.cat((model.cls_token.expand(len(images), -1, -1), patches), dim=1)
+        tokens = torch.cat((model.cls_token.expand(images.shape[0], -1, -1), patches), dim=1)
         tokens = model.pos_drop(tokens + model.patch_pos)
         tokens = torch.cat((tokens, functional.pad(pixels, (0, 0, 1, 0))), dim=-1)
         positions = Places.of_whole_sequence(1, patches.shape[1], tokens.device)

@@ -1,17 +1,19 @@
 """Token models with global attention: patches can be removed before the first block."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from shapwrap._types import (
     Coalitions,
     Grid,
     Images,
+    Pairing,
     PatchFeatures,
     PatchMask,
     PooledFeatures,
@@ -30,6 +32,8 @@ from shapwrap.masking.pooling import present_means
 
 PrefixTokens = Literal["drop", "keep"]
 Tokens = Float[Tensor, "items tokens features"]
+RunCoalitions = Bool[Tensor, "run coalitions patches"]
+"""The first of each pair, or all: those that take a pass."""
 EncodedTokens = Float[Tensor, "items tokens encoded"]
 
 
@@ -138,7 +142,8 @@ class TokenBackbone(Backbone):
         images = torch.zeros(1, self.in_channels(size), *size).to(self.parameter)
         sequence = self.embed(images)
         nobody = torch.arange(0, device=images.device)
-        tokens, positions, _ = self._assemble(sequence.take(nobody), copies=1)
+        alone = sequence.take(nobody)
+        tokens, positions, _ = self._assemble(alone, [alone.prefix])
         return self.encode(tokens, positions, None)[:, 0]
 
     def features(self, images: Images) -> FeatureMap:
@@ -169,7 +174,7 @@ class TokenBackbone(Backbone):
         images: Images,
         coalitions: Coalitions,
         *,
-        paired: bool,
+        paired: Pairing,
         embed: Embedding | None = None,
     ) -> Float[Tensor, "batch coalitions pooled"]:
         """Mean feature over the patches of each coalition, the others removed before block 1.
@@ -177,12 +182,13 @@ class TokenBackbone(Backbone):
         Args:
             images: Normalised pixels.
             coalitions: True where a patch is present.
-            paired: The coalitions are complement pairs; each pair then takes one pass over the
-                tokens instead of two.
+            paired: How the coalitions are complements of each other; two of them then take one
+                pass over the tokens.
             embed: What is done to the features of each patch before the mean.
         """
-        # The complements of a pair need no pass of their own.
-        run = coalitions[:, 0::2] if paired else coalitions
+        # The second of a pair needs no pass of its own.
+        run = coalitions[0::2] if paired == "across" else coalitions
+        run = run[:, 0::2] if paired is True else run
         removed = self.removed_tokens(images, run, paired=paired)
         features = self.read(*removed, copies=2 if paired else 1)
         features = features if embed is None else embed(features)
@@ -190,38 +196,62 @@ class TokenBackbone(Backbone):
         if paired:
             present = torch.cat((present, ~present), dim=1)
         means = present_means(features, present)
+        if paired == "across":
+            means = rearrange(means, "(b s) parts d -> (b parts) s d", s=run.shape[1])
+            return means[: len(images)]
         return rearrange(means, "(b s) parts d -> b (s parts) d", b=images.shape[0])
 
     def whole_tokens(self, images: Images) -> tuple[EncodedTokens, TokenSequence, int]:
         """All tokens of the whole image, what entered the blocks, and how many are prefix."""
         sequence = self.embed(images)
-        tokens, positions, num_prefix = self._assemble(sequence, copies=1)
+        tokens, positions, num_prefix = self._assemble(sequence, [sequence.prefix])
         mask = None
         if num_prefix and self.prefix_tokens == "drop":
             mask = hidden_prefix_mask(num_prefix, sequence.patches.shape[1], tokens.device)
         return self.encode(tokens, positions, mask), sequence, num_prefix
 
     def removed_tokens(
-        self, images: Images, coalitions: Coalitions, *, paired: bool
+        self, images: Images, coalitions: RunCoalitions, *, paired: Pairing
     ) -> tuple[EncodedTokens, Part, int]:
         """All tokens of each coalition, [B * S, ...], their part, and how many are prefix.
 
         Absent patches were removed before block 1; their own tokens, which are there all the same,
         mean nothing unless `paired`, when they form the other part. A prefix that patches can see
-        then comes twice, that of the coalition first.
+        then comes twice, that of the coalition first. With "across", the coalitions are those of
+        images 0, 2, ..., and the other part is of the image that follows each.
         """
-        sequence = self.embed_present(images, coalitions, paired=paired)
+        if paired == "across":
+            sequence, second = self._embed_across(images, coalitions)
+        else:
+            sequence = self.embed_present(images, coalitions, paired=paired)
+            second = sequence.prefix
         present = rearrange(coalitions, "b s n -> (b s) n")
         keep = self.prefix_tokens == "keep"
-        tokens, positions, num_prefix = self._assemble(sequence, copies=2 if paired and keep else 1)
+        prefixes = [sequence.prefix, second] if paired and keep else [sequence.prefix]
+        tokens, positions, num_prefix = self._assemble(sequence, prefixes)
         one_copy = sequence.prefix.shape[1] if num_prefix else 0
         build = pair_mask if paired else removal_mask
         mask = build(present, one_copy, keep_prefix=keep)
         prefix = present.new_ones(len(present), one_copy)
         # A second copy of the prefix belongs to the complement.
-        prefixes = [prefix, ~prefix] if num_prefix > one_copy else [prefix]
-        part = torch.cat((*prefixes, present), dim=1)
+        parts = [prefix, ~prefix, present] if num_prefix > one_copy else [prefix, present]
+        part = torch.cat(parts, dim=1)
         return self.encode(tokens, positions, mask), part, num_prefix
+
+    def _embed_across(
+        self, images: Images, coalitions: RunCoalitions
+    ) -> tuple[TokenSequence, Tokens]:
+        """Tokens in which each image has its present patches, and the next image all others.
+
+        Also the prefix of the next image. The last image has all patches where none follows.
+        """
+        following = torch.arange(1, len(images) + 1, 2, device=images.device)
+        following = following.clamp(max=len(images) - 1)
+        sequence = self.embed_present(images[0::2], coalitions, paired=False)
+        others = self.embed_present(images[following], ~coalitions, paired=False)
+        present = coalitions.flatten(0, 1)[:, :, None]
+        patches = torch.where(present, sequence.patches, others.patches)
+        return sequence._replace(patches=patches), others.prefix
 
     def prefix_scores(self, prefix: EncodedTokens) -> Float[Tensor, "items classes"]:
         """Logits of a head that reads the prefix tokens alone: by default the first of them."""
@@ -241,14 +271,14 @@ class TokenBackbone(Backbone):
         return torch.cat((patches, class_token.expand_as(patches)), dim=2)
 
     def _assemble(
-        self, sequence: TokenSequence, copies: int
+        self, sequence: TokenSequence, prefixes: Sequence[Tensor]
     ) -> tuple[Tokens, Positions | None, int]:
-        """Sequence for the blocks, its positions and the length of its prefix.
+        """Sequence for the blocks after these prefixes, its positions and the prefixes' length.
 
         Where positions give the prefix fixed slots, a dropped prefix keeps them, out of sight of
         the patches.
         """
-        positions = sequence.positions
+        positions, copies = sequence.positions, len(prefixes)
         if sequence.prefix.shape[1] == 0:
             copies = 0
         elif self.prefix_tokens == "drop" and not sequence.prefix_has_slots:
@@ -259,5 +289,5 @@ class TokenBackbone(Backbone):
         if copies == 0:
             # patch embeddings are transposed views; every later layer would inherit the strides.
             return sequence.patches.contiguous(), positions, 0
-        tokens = torch.cat((*[sequence.prefix] * copies, sequence.patches), dim=1)
+        tokens = torch.cat((*prefixes, sequence.patches), dim=1)
         return tokens, positions, copies * sequence.prefix.shape[1]

@@ -151,7 +151,7 @@ def train(
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[Path, typer.Option(help="--out of a finished 'shapwrap train'.")],
+    checkpoint: Annotated[Path, typer.Option(help="--out of 'shapwrap train', or a saved model.")],
     out: Annotated[Path, typer.Option(help="Where figures and values go.")] = Path("out"),
     target: Annotated[
         str | None, typer.Option(help="Class name or index; the predicted class by default.")

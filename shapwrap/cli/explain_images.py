@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from shapwrap.cli.run_folder import load_run
+from shapwrap.clip import ShapleyCLIP
 from shapwrap.data.folder import image_transform
 from shapwrap.errors import ArgumentError
 from shapwrap.explanation import Explanation
@@ -20,10 +21,14 @@ def explain_images(
     """Writes `NAME.png` and `NAME.json` for each image; yields a line on each.
 
     Raises:
-        ArgumentError: No such run, image or class.
+        ArgumentError: No such run, image or class, or a model of images and texts.
     """
-    settings, wrapped = load_run(checkpoint)
-    normalization = settings.normalization(wrapped)
+    normalization, wrapped = load_run(checkpoint)
+    if isinstance(wrapped, ShapleyCLIP):
+        raise ArgumentError(
+            f"{checkpoint} holds an image-text model; expected a classifier. 'shapwrap serve' takes "
+            "images and texts."
+        )
     transform = image_transform(wrapped.image_size, normalization, augment=False)
     index = None if target is None else _class_index(target, wrapped.class_names)
     out.mkdir(parents=True, exist_ok=True)

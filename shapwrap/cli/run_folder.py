@@ -1,25 +1,24 @@
-"""A training run on disk: how to build its model again, and its weights."""
+"""A training run on disk: what it began with, and its saved model."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from shapwrap.backbones.base import Normalization
-from shapwrap.data.by_name import build_by_name, load_weights
+from shapwrap.clip.shapley_clip import ShapleyCLIP
+from shapwrap.data.by_name import build_by_name
 from shapwrap.errors import ArgumentError
 from shapwrap.wrapper import ShapleyWrapper
 
 SETTINGS = "shapwrap.json"
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Everything that builds a wrapped model but its weights."""
+    """Everything that a run began with, but its weights."""
 
     name: str
     """timm's name, or torchvision's after "torchvision:"."""
@@ -30,7 +29,7 @@ class ModelSettings:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def normalization(self, wrapped: ShapleyWrapper) -> Normalization:
+    def normalization(self, wrapped: ShapleyWrapper | ShapleyCLIP) -> Normalization:
         """Statistics of the run, else of the model, else 0.5: what most timm weights use."""
         if self.mean is not None and self.std is not None:
             return Normalization(tuple(self.mean), tuple(self.std))
@@ -56,36 +55,28 @@ def build_model(
     )
 
 
-def save_run(folder: Path, settings: ModelSettings, wrapped: ShapleyWrapper | None = None) -> None:
-    """Write the settings and, where a model is given, its weights."""
+def save_settings(folder: Path, settings: ModelSettings) -> None:
+    """Write what a run began with."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    if wrapped is not None:
-        state = {name: tensor.contiguous() for name, tensor in wrapped.state_dict().items()}
-        save_file(state, folder / WEIGHTS)
 
 
-def load_run(folder: Path) -> tuple[ModelSettings, ShapleyWrapper]:
-    """Settings and wrapped model of a finished run.
+def load_run(folder: Path) -> tuple[Normalization, ShapleyWrapper | ShapleyCLIP]:
+    """How images are normalised, and the wrapped model, of a finished run or any saved model.
 
     Raises:
-        ArgumentError: The folder does not hold a finished run.
+        SavedModelError: The folder does not hold a saved model, or it is damaged.
+        ArgumentError: The settings of its run are damaged.
     """
-    for name in (SETTINGS, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ArgumentError(
-                f"{folder} has no {name}; expected the --out folder of a finished 'shapwrap train'."
-            )
-    try:
-        stored: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
-    except ValueError as error:
-        raise ArgumentError(f"{folder / SETTINGS} is damaged: {error}") from error
-    for name in ("image_size", "grid", "mean", "std"):
-        stored[name] = None if stored[name] is None else tuple(stored[name])
-    settings = ModelSettings(**stored)
-    wrapped = wrap_model(settings, build_model(settings))
-    load_weights(wrapped, folder / WEIGHTS)
-    return settings, wrapped.eval()
+    wrapped = ShapleyWrapper.from_pretrained(folder)
+    settings = ModelSettings(name="")
+    if (folder / SETTINGS).is_file():
+        try:
+            stored: dict[str, Any] = json.loads((folder / SETTINGS).read_text())
+            settings = ModelSettings(**stored)
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(f"{folder / SETTINGS} is damaged: {error}") from error
+    return settings.normalization(wrapped), wrapped
 
 
 def wrap_model(settings: ModelSettings, model: nn.Module) -> ShapleyWrapper:

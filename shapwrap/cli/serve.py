@@ -14,7 +14,9 @@ console = Console(highlight=False)
 
 
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(help="--out of a finished 'shapwrap train'.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder of save_pretrained, or --out of 'train'.")
+    ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
 ) -> None:
     """Start a page on 127.0.0.1 that explains the images dropped on it. Ctrl-C ends it."""
@@ -25,12 +27,12 @@ def serve(
 
 
 def load_explainer(checkpoint: Path) -> ImageExplainer:
-    """What a folder holds, ready for a page: the one place that knows kinds of checkpoints.
+    """What a folder holds, ready for a page.
 
     Raises:
-        ArgumentError: The folder does not hold a finished run.
+        SavedModelError: The folder does not hold a saved model, or it is damaged.
+        ArgumentError: The settings of its run are damaged.
     """
-    settings, wrapped = load_run(checkpoint)
-    normalization = settings.normalization(wrapped)
+    normalization, wrapped = load_run(checkpoint)
     transform = image_transform(wrapped.image_size, normalization, augment=False)
     return ImageExplainer(wrapped, transform, normalization=normalization)

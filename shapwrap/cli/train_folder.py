@@ -5,12 +5,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shapwrap.cli.run_folder import SETTINGS, ModelSettings, build_model, save_run, wrap_model
+from shapwrap.cli.run_folder import (
+    SETTINGS,
+    ModelSettings,
+    build_model,
+    save_settings,
+    wrap_model,
+)
 from shapwrap.data.folder import load_folder
 from shapwrap.errors import ArgumentError
 from shapwrap.training.checkpoint import check_unused
 from shapwrap.training.config import TrainerConfig
 from shapwrap.training.trainer import Trainer
+
+MEASURES = ("accuracy", "skill", "residual", "images")
+"""Of the validation data, for the model card."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +78,16 @@ def train_folder(request: TrainRequest) -> dict[str, float]:
     config = TrainerConfig(output_dir=request.out, **request.trainer)
     if not request.resume:
         check_unused(request.out)
-    save_run(request.out, settings)
+    save_settings(request.out, settings)
     trainer = Trainer(wrapped, data.train, data.validation, config=config)
     history = trainer.fit(resume=request.resume)
-    save_run(request.out, settings, wrapped)
     metrics = [record for record in history if record["kind"] == "validation"][-1]
     # Of the weights as they were settled, where there was a budget.
     budget = history[-1] if history[-1]["kind"] == "budget" else {}
-    return metrics | {name: budget[name] for name in ("accuracy", "skill") if name in budget}
+    metrics = metrics | {name: budget[name] for name in ("accuracy", "skill") if name in budget}
+    measured = {name: metrics[name] for name in MEASURES if metrics.get(name) is not None}
+    wrapped.save_pretrained(request.out, measured=measured, dataset=request.data.name)
+    return metrics
 
 
 def _check_same_run(out: Path, settings: ModelSettings) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap import audit as auditing
-from shapwrap._types import CoalitionValues, Grid, PatchValues
+from shapwrap._types import CoalitionValues, Grid, Pairing, PatchValues
 from shapwrap.backbones.base import Normalization
 from shapwrap.backbones.image_text import has_scale, reads_texts
 from shapwrap.clip.matching import MatchedModel, explain_pairs, matched_pairs
@@ -20,12 +20,13 @@ from shapwrap.explanation import Explanation
 from shapwrap.images import check_finite
 from shapwrap.masking.batch_norm import evaluation_mode
 from shapwrap.masking.pooling import compute_dtype
+from shapwrap.sharing import Sharing
 from shapwrap.values.output import ShapleyOutput
 from shapwrap.values.patch_game import PatchGame, PatchGames
 from shapwrap.wrapper import ShapleyWrapper
 
 
-class ShapleyCLIP(nn.Module):
+class ShapleyCLIP(Sharing, nn.Module):
     """A drop-in replacement of an image-text model whose similarities are sums over patches.
 
     Each patch has an embedding e_p, by the image tower's own final norm and projection. For a text
@@ -137,7 +138,7 @@ class ShapleyCLIP(nn.Module):
         text: Texts | None = None,
         coalitions: Tensor | None = None,
         *,
-        paired: bool | None = None,
+        paired: Pairing | str | None = None,
     ) -> Any:
         """What open_clip's CLIP returns; with coalitions a `ContrastiveOutput` of both branches.
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from shapwrap.errors import CoalitionError, CoalitionTypeError
+from shapwrap._types import Pairing
+from shapwrap.errors import ArgumentError, CoalitionError, CoalitionTypeError
 
 
 def check_coalitions(coalitions: Tensor, batch: int, num_patches: int) -> None:
@@ -42,12 +43,26 @@ def are_complement_pairs(coalitions: Tensor) -> bool:
     return torch.equal(coalitions[:, 0::2], ~coalitions[:, 1::2])
 
 
-def resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
-    """Whether the coalitions are complement pairs: as said, or looked up.
+def are_complements_across(coalitions: Tensor) -> bool:
+    """Whether those of image 2i + 1 are the complements of those of image 2i, two images at least.
+
+    On a CUDA tensor this waits for the device.
+    """
+    second = coalitions[1::2]
+    return len(second) > 0 and torch.equal(coalitions[0::2][: len(second)], ~second)
+
+
+def resolve_pairing(coalitions: Tensor, paired: Pairing | str | None) -> Pairing:
+    """How the coalitions are paired: as said, or looked up.
 
     Raises:
+        ArgumentError: No pairing.
         CoalitionError: Said to be pairs, and seen not to be.
     """
+    if paired == "across":
+        return _checked_across(coalitions)
+    if not isinstance(paired, bool | None):
+        raise ArgumentError(f"paired is {paired!r}; expected True, False, 'across' or None.")
     if paired and coalitions.shape[1] % 2:
         raise CoalitionError(
             f"paired=True with {coalitions.shape[1]} coalitions an image; pairs need an even "
@@ -63,4 +78,20 @@ def resolve_pairing(coalitions: Tensor, paired: bool | None) -> bool:
             "paired=True, but coalition 2i + 1 is not the complement of coalition 2i; draw them "
             "with sample_coalitions(..., paired=True), or leave paired=None."
         )
+    if paired is None and not are_pairs and are_complements_across(coalitions):
+        return "across"
     return are_pairs
+
+
+def _checked_across(coalitions: Tensor) -> Pairing:
+    if len(coalitions) < 2:
+        # Nobody to be paired with.
+        return False
+    looked_at = coalitions.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not are_complements_across(coalitions):
+        raise CoalitionError(
+            "paired='across', but the coalitions of image 2i + 1 are not the complements of those "
+            "of image 2i; draw them with sample_coalitions(..., paired='across'), or leave "
+            "paired=None."
+        )
+    return "across"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shapwrap._types import Coalitions
+from shapwrap._types import Coalitions, Pairing
 from shapwrap.errors import ArgumentError, CoalitionError
 
 Distribution = Literal["shapley", "uniform"]
@@ -51,7 +51,7 @@ def sample_coalitions(
     num: int = 2,
     *,
     distribution: Distribution | str = "shapley",
-    paired: bool = True,
+    paired: Pairing | str = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Coalitions:
@@ -63,38 +63,47 @@ def sample_coalitions(
     Args:
         batch: Number of images.
         num_patches: N, the number of players.
-        num: Coalitions an image; even if `paired`.
+        num: Coalitions an image; even with `paired=True`.
         distribution: `"shapley"` (Eq. 4) or `"uniform"` sizes.
         paired: Coalition 2i + 1 is the complement of coalition 2i. Pairs lower the variance
-            (Covert & Lee 2021), and a token model evaluates a pair in one pass.
+            (Covert & Lee 2021), and a token model evaluates a pair in one pass. "across" pairs
+            two images instead: the coalitions of image 2i + 1 are the complements of those of
+            image 2i. Each is still a draw of its own for its image, and the token model takes
+            half a pass an image and coalition.
         generator: Source of randomness; torch's default generator if None.
         device: Where the result lies. Drawn on the generator's device and moved, so that a seed
             gives the same coalitions on every device. Defaults to the generator's device.
 
     Raises:
-        CoalitionError: `paired` with an odd `num`.
-        ArgumentError: batch or num below 1, N below 2, unknown distribution.
+        CoalitionError: `paired=True` with an odd `num`.
+        ArgumentError: batch or num below 1, N below 2, unknown distribution or pairing.
 
     References:
         Fan, Yang & Ma 2026, Eq. 4.
     """
     if batch < 1 or num < 1:
         raise ArgumentError(f"batch is {batch} and num is {num}; both must be at least 1.")
-    if paired and num % 2:
+    if not isinstance(paired, bool) and paired != "across":
+        raise ArgumentError(f"paired is {paired!r}; expected True, False or 'across'.")
+    if paired is True and num % 2:
         raise CoalitionError(
-            f"num is {num}; paired coalitions come in twos. Pass an even num, or paired=False."
+            f"num is {num}; paired coalitions come in twos. Pass an even num, or paired='across' "
+            "or False."
         )
     source = generator.device if generator is not None else torch.device("cpu")
-    draws = num // 2 if paired else num
+    images = (batch + 1) // 2 if paired == "across" else batch
+    draws = num // 2 if paired is True else num
     probabilities = size_probabilities(num_patches, distribution).to(source)
-    sizes = torch.multinomial(probabilities, batch * draws, replacement=True, generator=generator)
+    sizes = torch.multinomial(probabilities, images * draws, replacement=True, generator=generator)
     scores = torch.rand(
-        batch * draws, num_patches, dtype=torch.float64, generator=generator, device=source
+        images * draws, num_patches, dtype=torch.float64, generator=generator, device=source
     )
     # The k patches with the smallest scores are a uniform subset of size k; ranking, unlike a
     # threshold, gives exactly k even where two scores are equal.
     ranks = scores.argsort(dim=1).argsort(dim=1)
-    drawn = (ranks < sizes[:, None]).view(batch, draws, num_patches)
-    if paired:
+    drawn = (ranks < sizes[:, None]).view(images, draws, num_patches)
+    if paired is True:
         drawn = torch.stack((drawn, ~drawn), dim=2).flatten(1, 2)
+    elif paired == "across":
+        drawn = torch.stack((drawn, ~drawn), dim=1).flatten(0, 1)[:batch]
     return drawn if device is None else drawn.to(device)

@@ -21,6 +21,10 @@ UNTOUCHED = Normalization((0.0,) * 3, (1.0,) * 3)
 """Leaves pixels in [0, 1]."""
 
 
+HELD_OUT = 10
+"""One in so many training images is left out of training to hold an accuracy on."""
+CONTROL_IMAGES = 400
+"""At most, of those that are not trained on anyway."""
 IMAGENET_CLASSES = 1000
 """What models say on images of ImageNet, whose segmentation sets have no labels of theirs."""
 
@@ -52,6 +56,8 @@ class ComparisonData:
     """`Sample`s that accuracy is measured on; those that are explained if None."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What was loaded, for the record."""
+    control: Dataset[Any] | None = None
+    """Pairs as in `train`, neither augmented nor among those, to hold an accuracy on."""
 
     def __len__(self) -> int:
         """Number of images that are explained."""
@@ -84,8 +90,28 @@ class ComparisonData:
 
     def training_batches(self, normalization: Normalization, size: int) -> DataLoader[Any]:
         """Shuffled batches of normalised images and labels."""
+        return self._shuffled(self.train, normalization, size)
+
+    def training_and_control_batches(
+        self, normalization: Normalization, size: int
+    ) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Batches to train on, and others to hold an accuracy on: `control`.
+
+        Where all images of the split are for training, every tenth of them is left out of it.
+        """
+        train, control = self.train, self.control
+        if control is None:
+            indices = range(len(train))  # pyright: ignore[reportArgumentType]
+            control = Subset(train, indices[::HELD_OUT])
+            train = Subset(train, [index for index in indices if index % HELD_OUT])
+        held = DataLoader(_Normalized(control, normalization), size, num_workers=self.workers)
+        return self._shuffled(train, normalization, size), held
+
+    def _shuffled(
+        self, images: Dataset[Any], normalization: Normalization, size: int
+    ) -> DataLoader[Any]:
         return DataLoader(
-            _Normalized(self.train, normalization), size, shuffle=True, num_workers=self.workers
+            _Normalized(images, normalization), size, shuffle=True, num_workers=self.workers
         )
 
 
@@ -150,12 +176,13 @@ def digits(config: DataConfig, seed: int) -> ComparisonData:
     """The embedded digits among clutter; the digit's strokes are the object."""
     check_keys(config.options, ["distractors"], "data.options")
     train = _Scenes("train", config.train_images or 1000, config, seed)
+    control = _Scenes("train", CONTROL_IMAGES, config, seed + 1)
     evaluation = _Scenes("test", config.eval_images or 200, config, seed)
     tested = None
     if config.accuracy_images is not None:
         tested = _Scenes("test", config.accuracy_images, config, seed)
     names = list(ClutteredDigits.class_names)
-    return ComparisonData(train, evaluation, names, masks=True, tested=tested)
+    return ComparisonData(train, evaluation, names, masks=True, tested=tested, control=control)
 
 
 def imagenette(config: DataConfig, seed: int) -> ComparisonData:
@@ -165,7 +192,7 @@ def imagenette(config: DataConfig, seed: int) -> ComparisonData:
     check_keys(config.options, ["size"], "data.options")
     options = {"size": "160px", **config.options}
     parts = []
-    for split, augment in (("train", True), ("val", False)):
+    for split, augment in (("train", True), ("train", False), ("val", False)):
         transform = image_transform(config.image_size, UNTOUCHED, augment=augment)
         try:
             parts.append(Imagenette(_root(config), split=split, transform=transform, **options))
@@ -175,7 +202,7 @@ def imagenette(config: DataConfig, seed: int) -> ComparisonData:
                 "folder that holds imagenette2-160."
             ) from error
     names = [synonyms[0] for synonyms in parts[0].classes]
-    return _of_pairs(parts[0], parts[1], names, config)
+    return _of_pairs(parts[0], parts[1], parts[2], names, config)
 
 
 def folder(config: DataConfig, seed: int) -> ComparisonData:
@@ -185,11 +212,16 @@ def folder(config: DataConfig, seed: int) -> ComparisonData:
         image_transform(config.image_size, UNTOUCHED, augment=augment) for augment in (True, False)
     )
     train, validation, names = split_folder(_root(config), augmented, plain)
-    return _of_pairs(train, validation, names, config)
+    unaugmented, _, _ = split_folder(_root(config), plain, plain)
+    return _of_pairs(train, unaugmented, validation, names, config)
 
 
 def _of_pairs(
-    train: Dataset[Any], validation: Dataset[Any], names: list[str], config: DataConfig
+    train: Dataset[Any],
+    unaugmented: Dataset[Any],
+    validation: Dataset[Any],
+    names: list[str],
+    config: DataConfig,
 ) -> ComparisonData:
     return ComparisonData(
         evenly_spread(train, config.train_images),
@@ -197,6 +229,7 @@ def _of_pairs(
         names,
         workers=config.workers,
         tested=_tested(_Samples(validation), config),
+        control=_spare(unaugmented, config),
     )
 
 
@@ -301,7 +334,21 @@ def pet(config: DataConfig, seed: int) -> ComparisonData:
         masks=True,
         workers=config.workers,
         tested=_tested(test, config),
+        control=_spare(train, config),
     )
+
+
+def _spare(unaugmented: Dataset[Any], config: DataConfig) -> Dataset[Any] | None:
+    """Images of the training split that are not trained on; None where they are few."""
+    trained = evenly_spread(unaugmented, config.train_images)
+    if trained is unaugmented or not isinstance(trained, Subset):
+        return None
+    used = set(trained.indices)
+    total = len(unaugmented)  # pyright: ignore[reportArgumentType]
+    spare = [index for index in range(total) if index not in used]
+    if len(spare) * HELD_OUT < len(used):
+        return None
+    return evenly_spread(Subset(unaugmented, spare), CONTROL_IMAGES)
 
 
 def _tested(samples: Dataset[Any], config: DataConfig) -> Dataset[Any] | None:

@@ -135,6 +135,7 @@ class ModelShelf:
                     module,
                     model.training,
                     lambda size: self._data.training_batches(normalization, size),
+                    lambda size: self._data.training_and_control_batches(normalization, size),
                     folder=folder,
                     seed=self._config.seed,
                     progress=progress,

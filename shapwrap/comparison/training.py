@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from shapwrap.comparison.schema import check_keys, convert, from_mapping
 from shapwrap.errors import ConfigurationError
@@ -15,9 +15,6 @@ from shapwrap.wrapper import ShapleyWrapper
 
 OURS = {"output_dir", "seed", "progress"}
 """Settings that the comparison decides."""
-
-CONTROL = 10
-"""With `shapley_weight: auto`, every such training image is held out to hold accuracy on."""
 
 SHAPLEY = {
     "shapley_weight",
@@ -46,6 +43,7 @@ def train(
     module: nn.Module,
     stages: Sequence[Mapping[str, Any]],
     batches: Callable[[int], DataLoader[Any]],
+    with_control: Callable[[int], tuple[DataLoader[Any], DataLoader[Any]]],
     *,
     folder: Path,
     seed: int,
@@ -57,6 +55,7 @@ def train(
         module: A wrapped model, for `Trainer`, or a plain one, for `fine_tune`.
         stages: Settings of each; `batch_size` among them, 32 by default.
         batches: Training batches of a size.
+        with_control: The same beside others to hold an accuracy on, for `shapley_weight: auto`.
         folder: Of checkpoints; where it holds some, training goes on from them.
         seed: Of everything that is drawn.
         progress: Show a progress bar; None for only on a terminal.
@@ -75,9 +74,8 @@ def train(
         runs = [directory, reference_directory(directory)]
         resume = any(run.is_dir() and checkpoints(run) for run in runs if run is not None)
         if isinstance(module, ShapleyWrapper):
-            data, control = batches(size), None
-            if config.shapley_weight == "auto":
-                data, control = _held_out(data, size)
+            automatic = config.shapley_weight == "auto"
+            data, control = with_control(size) if automatic else (batches(size), None)
             history = Trainer(module, data, control, config=config).fit(resume=resume)
         else:
             from shapwrap.training import plain
@@ -85,18 +83,6 @@ def train(
             history = plain.fine_tune(module, batches(size), config=config, resume=resume)
         records.append(history[-1] if history else {})
     return records
-
-
-def _held_out(data: DataLoader[Any], size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Nine tenths of the training images to train on, and one on which accuracy is held."""
-    images: Any = data.dataset
-    held = set(range(0, len(images), CONTROL))
-    rest = [index for index in range(len(images)) if index not in held]
-    workers = data.num_workers
-    return (
-        DataLoader(Subset(images, rest), size, shuffle=True, num_workers=workers),
-        DataLoader(Subset(images, sorted(held)), size, num_workers=workers),
-    )
 
 
 def _settings(stage: Mapping[str, Any], *, wrapped: bool, where: str) -> tuple[TrainerConfig, int]:

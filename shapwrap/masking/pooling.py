@@ -1,5 +1,7 @@
 """The mean feature of the patches that are present."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,6 +27,9 @@ def present_means(
     return sums / weights.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-def without_autocast(images: Tensor) -> torch.autocast:
+def without_autocast(images: Tensor) -> AbstractContextManager[object]:
     """Pooling, head and differences stay out of autocast: they are differences of large sums."""
-    return torch.autocast(device_type=images.device.type, enabled=False)
+    device = images.device.type
+    # A traced graph would keep a switch that switches nothing; the meta device has none.
+    on = not images.is_meta and torch.is_autocast_enabled(device)
+    return torch.autocast(device_type=device, enabled=False) if on else nullcontext()

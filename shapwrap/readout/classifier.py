@@ -138,7 +138,7 @@ class ClassScores(Classifier):
         contrast: bool,
     ) -> Float[Tensor, "batch patches"]:
         """Scores of one class an image."""
-        chosen = scores[torch.arange(len(scores), device=scores.device), :, target]
+        chosen = scores[torch.arange(scores.shape[0], device=scores.device), :, target]
         return chosen - scores.mean(dim=-1) if contrast else chosen
 
 

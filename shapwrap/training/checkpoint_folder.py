@@ -1,6 +1,5 @@
 """The files of a checkpoint: written whole or not at all, checked before they are read."""
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from shapwrap._version import __version__
 from shapwrap.errors import CheckpointError
+from shapwrap.saving.files import digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -127,12 +127,6 @@ def verify(folder: Path) -> None:
                 f"{MANIFEST}. It is damaged or was changed; restore it from a copy, or delete "
                 f"{folder.name} to go on from an earlier checkpoint."
             )
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _described(folder: Path) -> dict[str, dict[str, Any]]:

@@ -81,20 +81,15 @@ def add_lora(
             "expected a transformer, or a model with MLPs of linear layers. Use layer_decay=, or "
             "trainable='head', or peft on the model before it is wrapped."
         )
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=dropout,
-        # A pattern, since in a list each name would stand for all that end in it.
-        target_modules="|".join(map(re.escape, names)),
-    )
     before = {name: p.requires_grad for name, p in wrapped.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    with global_states_kept():
-        inject_adapter_in_model(config, model, ADAPTER)
-    for name, layer in _adapted(model):
-        layer.train(modes[name])
-    _draw(model, generator or torch.Generator().manual_seed(0))
+    put_adapters(
+        wrapped,
+        names,
+        rank=rank,
+        alpha=rank if alpha is None else alpha,
+        dropout=dropout,
+        generator=generator,
+    )
     if idle := _idle(wrapped):
         _remove(model, merge=False)
         for name, parameter in wrapped.named_parameters():
@@ -104,10 +99,50 @@ def add_lora(
             f"{type(model).__name__} holds these layers elsewhere, too. Put adapters on the model "
             "with peft before it is wrapped."
         )
+    return names
+
+
+def put_adapters(
+    wrapped: ShapleyWrapper,
+    names: list[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Adapters for exactly these layers of `wrapped.model`; they and the head require gradients.
+
+    Args:
+        wrapped: A wrapped model without adapters.
+        names: Of linear layers, or of nn.MultiheadAttention.
+        rank: As in `add_lora`.
+        alpha: As in `add_lora`.
+        dropout: As in `add_lora`.
+        generator: As in `add_lora`.
+    """
+    model = wrapped.model
+    modes = {name: module.training for name, module in model.named_modules()}
+    config = configuration_of(names, rank=rank, alpha=alpha, dropout=dropout)
+    with global_states_kept():
+        inject_adapter_in_model(config, model, ADAPTER)
+    for name, layer in adapted_layers(model):
+        layer.train(modes[name])
+    _draw(model, generator or torch.Generator().manual_seed(0))
     learning = {id(parameter) for parameter in [*_factors(model), *head_of(wrapped)]}
     for parameter in wrapped.parameters():
         parameter.requires_grad_(id(parameter) in learning)
-    return names
+
+
+def configuration_of(names: list[str], *, rank: int, alpha: float, dropout: float) -> LoraConfig:
+    """What peft is told of the adapters of exactly these layers."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=dropout,
+        # A pattern, since in a list each name would stand for all that end in it.
+        target_modules="|".join(map(re.escape, names)),
+    )
 
 
 def merge_lora(wrapped: ShapleyWrapper | ShapleyCLIP) -> list[str]:
@@ -130,13 +165,13 @@ def merge_lora(wrapped: ShapleyWrapper | ShapleyCLIP) -> list[str]:
             "the adapters belong to a PeftModel, which was wrapped; merge them with "
             "wrapped.unwrap().merge_and_unload(), and wrap the result."
         )
-    names = [name for name, _ in _adapted(wrapped.model)]
+    names = [name for name, _ in adapted_layers(wrapped.model)]
     if not names:
         raise ArgumentError(
             f"{type(wrapped.model).__name__} has no adapters; expected a model after add_lora()."
         )
     # All of them before the first is merged: a half-merged model would be neither.
-    if odd := [name for name, layer in _adapted(wrapped.model) if not _is_finite(layer)]:
+    if odd := [name for name, layer in adapted_layers(wrapped.model) if not _is_finite(layer)]:
         raise TrainingError(
             f"the adapters cannot be merged: that of {odd[0]} is not finite ({len(odd)} of "
             f"{len(names)} in all). Go back to an earlier checkpoint."
@@ -176,7 +211,7 @@ def _check(
         )
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """Layers with adapters by name; not those within another one."""
     found: list[tuple[str, Any]] = []
     for name, module in model.named_modules():
@@ -208,7 +243,7 @@ def _draw(model: nn.Module, generator: torch.Generator) -> None:
 
 def _idle(wrapped: ShapleyWrapper) -> list[str]:
     """Adapted layers that the wrapped model does not call."""
-    adapted = _adapted(wrapped.model)
+    adapted = adapted_layers(wrapped.model)
     images = random_images(wrapped._wrapping.backbone, wrapped.image_size, batch=1)
     with undisturbed(wrapped.model), called([layer for _, layer in adapted]) as used:
         wrapped(images, coalitions_of_halves(wrapped), paired=True)
@@ -217,7 +252,7 @@ def _idle(wrapped: ShapleyWrapper) -> list[str]:
 
 def _remove(model: nn.Module, *, merge: bool) -> None:
     """Put the layers back in the places of the adapted ones, with or without what was learned."""
-    for name, layer in _adapted(model):
+    for name, layer in adapted_layers(model):
         if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             plain = layer.unload_and_optionally_merge_module(
                 merge=merge, safe_merge=False, adapter_names=None

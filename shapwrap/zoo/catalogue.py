@@ -11,7 +11,8 @@ import timm
 import torchvision
 from torch import nn
 
-from shapwrap.errors import ArgumentError, MissingDependencyError
+from shapwrap.errors import ArgumentError
+from shapwrap.saving import open_clip_models
 
 LIBRARIES = ("timm", "torchvision", "open_clip")
 
@@ -57,17 +58,7 @@ def _names(library: str) -> list[str]:
         return timm.list_models()
     if library == "torchvision":
         return torchvision.models.list_models(module=torchvision.models)
-    return _open_clip().list_models()
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise MissingDependencyError(
-            "open_clip is not installed; its towers need: pip install 'shapwrap[open-clip]'"
-        ) from error
-    return open_clip
+    return open_clip_models.imported().list_models()
 
 
 def builder(model: ModelName) -> Callable[[], nn.Module]:
@@ -80,12 +71,9 @@ def builder(model: ModelName) -> Callable[[], nn.Module]:
 
 
 def _vision_tower(name: str) -> nn.Module:
-    config = _open_clip().get_model_config(name)
-    # The public way builds the text tower too, which is the larger part and downloads a tokenizer.
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-    vision = CLIPVisionCfg(**{**config["vision_cfg"], "timm_model_pretrained": False})
-    return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+    config = open_clip_models.imported().get_model_config(name)
+    quick_gelu = config.get("quick_gelu", False)
+    return open_clip_models.vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu)
 
 
 def input_size(model: ModelName, built: nn.Module) -> tuple[int, int, int]:

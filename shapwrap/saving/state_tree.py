@@ -1,4 +1,4 @@
-"""Nested state as JSON and tensors: what a checkpoint holds in place of pickled objects."""
+"""Nested state as JSON and tensors: what is saved in place of pickled objects."""
 
 import math
 from collections import OrderedDict

@@ -1,0 +1,1 @@
+"""Wrapped models in other packages: captum, Quantus, shapiq."""
