@@ -26,8 +26,8 @@ def explain_images(
     normalization, wrapped = load_run(checkpoint)
     if isinstance(wrapped, ShapleyCLIP):
         raise ArgumentError(
-            f"{checkpoint} holds an image-text model; expected a classifier. 'shapwrap serve' takes "
-            "images and texts."
+            f"{checkpoint} holds an image-text model; expected a classifier. 'shapwrap serve' "
+            "takes images and texts."
         )
     transform = image_transform(wrapped.image_size, normalization, augment=False)
     index = None if target is None else _class_index(target, wrapped.class_names)

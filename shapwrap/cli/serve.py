@@ -14,9 +14,7 @@ console = Console(highlight=False)
 
 
 def serve(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of save_pretrained, or --out of 'train'.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="Of save_pretrained, or --out of 'train'.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
 ) -> None:
     """Start a page on 127.0.0.1 that explains the images dropped on it. Ctrl-C ends it."""
