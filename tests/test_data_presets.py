@@ -139,11 +139,11 @@ def test_training_on_a_folder_with_all_augmentations(tmp_path):
     assert histories[0][-1]["images"] == 6
 
 
-def test_names_and_statistics_of_other_models(tmp_path):
+def test_names_and_statistics_of_other_models(tmp_path, monkeypatch):
     torch.manual_seed(0)
     block = torchvision.models.resnet.BasicBlock
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=2)
-    model.__class__.__module__ = "own"
+    monkeypatch.setattr(type(model), "__module__", "own")
     wrapped = ShapleyWrapper(model, image_size=(64, 64))
     root = _folder(tmp_path, ids=("cat", "dog"))
     told = wrapped.normalization or Normalization((0.5,) * 3, (0.25,) * 3)
