@@ -245,7 +245,7 @@ loaded = ShapleyWrapper.from_pretrained(sys.argv[1])
 # DDP has given every process the weights of the first.
 assert torch.equal(loaded(torch.ones(1, 3, 32, 32)), split(torch.ones(1, 3, 32, 32)))
 # One write: two processes share the stream.
-sys.stdout.write(f"process {rank} done\n")
+sys.stdout.write(f"process {rank} done\\n")
 distributed.barrier()
 distributed.destroy_process_group()
 """
