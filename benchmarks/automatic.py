@@ -24,7 +24,7 @@ from torchvision.datasets import Imagenette
 from shapwrap import ShapleyWrapper, Trainer, TrainerConfig, __version__
 from shapwrap.cli.demo import Scenes, draw_scenes
 from shapwrap.data import efficientnet_lite0
-from shapwrap.data.folder import image_transform
+from shapwrap.data.folder import evenly_spread, image_transform
 
 RATES = {"vit": 5e-5, "cnn": 3e-4, "digits": 1e-3}
 CONTROL = 400
@@ -38,17 +38,13 @@ def imagenette(options, wrapped) -> tuple[Dataset, Dataset, Dataset]:
         transform = image_transform(size, wrapped.normalization, augment=augment)
         return Imagenette(options.data, split=split, size="160px", transform=transform)
 
-    def spread(indices: list[int], count: int) -> list[int]:
-        count = min(count, len(indices))
-        return [indices[i * len(indices) // count] for i in range(count)]
-
     training, plain = read("train", True), read("train", False)
     control, held_out = (list(range(first, len(plain), 10)) for first in (0, 1))
     rest = [i for i in range(len(plain)) if i % 10 > 1]
-    test = read("val", False) if options.final else Subset(plain, spread(held_out, 900))
+    test = read("val", False) if options.final else evenly_spread(Subset(plain, held_out), 900)
     return (
-        Subset(training, spread(rest, options.train_images)),
-        Subset(plain, spread(control, CONTROL)),
+        evenly_spread(Subset(training, rest), options.train_images),
+        evenly_spread(Subset(plain, control), CONTROL),
         test,
     )
 

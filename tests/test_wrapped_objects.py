@@ -1,11 +1,7 @@
 """Wrapped models as objects: pickled, copied, moved, compiled, in other processes."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +11,7 @@ from torch import nn
 from shapwrap import ShapleyCLIP, ShapleyWrapper
 from tests.backbones import BUILDERS, make_case, random_coalitions
 from tests.clip_models import clip_model, coalitions_of, images_of, tokens
-from tests.two_processes import needs_distributed, run_in_two_processes
+from tests.two_processes import needs_distributed, run_in_two_processes, run_python
 
 FEW = ["vit-average-norm-registers", "eva-mixed-registers", "resnet", "own-nonlinear-head"]
 FEW += ["whole-class-token", "traced-whole"]
@@ -113,26 +109,10 @@ print("compiled")
 """
 
 
-def run_alone(code, *arguments):
-    """What a script prints in a process of its own."""
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        input=code,
-        capture_output=True,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_compiled():
     # In a process of its own: dynamo cannot trace the shape checks of the tests.
     kinds = ["own-nonlinear-head", "whole-class-token"]
-    assert "compiled" in run_alone(COMPILED, "-", *kinds)
+    assert "compiled" in run_python("-", *kinds, given=COMPILED)
 
 
 def test_a_compiled_model_is_saved_as_what_it_is(tmp_path):
@@ -202,7 +182,7 @@ if __name__ == "__main__":
 def test_in_spawned_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SPAWNED)
-    assert "same in a spawned process" in run_alone("", str(script))
+    assert "same in a spawned process" in run_python(str(script))
 
 
 DISTRIBUTED = """

@@ -30,12 +30,16 @@ def run_in_processes(num, code, folder, *arguments):
     """The same for another number of them."""
     script = folder / "script.py"
     script.write_text(code + LEAVE)
+    launch = "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}"
+    return run_python(*launch, str(script), *arguments)
+
+
+def run_python(*arguments, given=None):
+    """What an interpreter of its own prints, whose standard input is `given`."""
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={num}", str(script), *arguments),
-        ],
+        [sys.executable, *arguments],
+        input=given,
         capture_output=True,
         text=True,
         cwd=root,
