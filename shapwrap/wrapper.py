@@ -160,9 +160,9 @@ class ShapleyWrapper(Facts, Sharing, nn.Module):
             coalitions: Bool [B, S, N], True where a patch is present.
             paired: Whether coalition 2i + 1 is the complement of 2i, which halves the work of a
                 token model; "across": whether those of image 2i + 1 are the complements of those
-                of image 2i, which does too. None looks; on a CUDA tensor that waits for the device
-                once, and under torch.compile it cannot look and takes them one by one. What is
-                said is checked on the CPU.
+                of image 2i, which does too. None looks; on a CUDA tensor that waits for the device,
+                and under torch.compile it cannot look and takes them one by one. What is said is
+                checked on the CPU.
 
         Raises:
             ImageTypeError: Images that are not floating point.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shapwrap.comparison.config import slug
 from shapwrap.errors import ConfigurationError
+from shapwrap.saving import files
 
 Status = Literal["finished", "not applicable", "failed"]
 Notify = Callable[[str], None]
@@ -160,8 +161,7 @@ def digest(made_from: Mapping[str, Any]) -> str:
 
 def file_digest(path: str | Path) -> str:
     """Short name of a file's content."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return files.digest(Path(path))[:16]
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shapwrap.masking.batch_norm import evaluation_mode
+from shapwrap.saving.structure import without_data
 from shapwrap.zoo.catalogue import (
     ModelName,
     builder,
@@ -108,23 +109,14 @@ def _rounding_noise(model: nn.Module, images: Tensor) -> float:
 def count_parameters(name: ModelName) -> int:
     """Parameters of the full model, which is built without data where that is possible."""
     with quiet():
-        return parameters_of(_without_data(builder(name)))
-
-
-def _without_data(build: Callable[[], nn.Module]) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return build()
-    except (NotImplementedError, RuntimeError):
-        # A constructor that reads values of its tensors.
-        return build()
+        return parameters_of(without_data(builder(name)))
 
 
 def _probe(
     name: ModelName, build: Callable[[], nn.Module], limits: Limits
 ) -> tuple[Probe, Plan, nn.Module]:
     """How to try changes, the model as it is with its cost, and the model without data."""
-    model = _without_data(build)
+    model = without_data(build)
     channels, height, width = input_size(name, model)
     size = (height, width)
     device = next(model.parameters()).device.type
